@@ -1,0 +1,103 @@
+"""From adapter to files that run elsewhere: merged folder, GGUF, quantised GGUF, Modelfile; each hop measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stakelib.export.gguf_files import converter, quantise, to_gguf
+from stakelib.export.merged import check_folder, merge
+from stakelib.export.ollama import modelfile
+from stakelib.models import BaseModel, Rendered, base_model, engine, gguf_base, load_tokenizer, nll, template
+from stakelib.run import CourseError, Run
+
+__all__ = ["QUANTISATIONS", "check_folder", "converter", "export", "gguf_file", "merge", "modelfile", "parity", "quantise", "to_gguf"]
+
+QUANTISATIONS = {"f16": None, "q8": "Q8_0", "q4": "Q4_0"}  # name in the file -> type in the GGUF
+
+
+def gguf_file(run: Run, quantisation: str) -> Path:
+    """models/stakeholder-<base>-<f16|q8|q4>.gguf of this run."""
+    return run.path("models", f"stakeholder-{base_model(run.profile.model).short_name}-{quantisation}.gguf")
+
+
+def export(run: Run, adapter: Path) -> dict[str, Any]:
+    """Adapter -> merged folder -> f16, q8, q4 GGUF -> Modelfile; the untouched base likewise. Skipped if unchanged.
+
+    Returns file sizes in MB by name.
+    """
+    base = base_model(run.profile.model)
+    merged = run.path("models", f"stakeholder-{base.short_name}-merged")
+    files = {q: gguf_file(run, q) for q in QUANTISATIONS}
+    target = run.path("Modelfile")
+
+    def work() -> dict[str, Any]:
+        merge(base, adapter, merged)
+        _ladder(merged, files)
+        ensure_base_gguf(base)
+        modelfile(load_tokenizer(base.folder), files["q8"], target)
+        return {"size_mb": {q: round(f.stat().st_size / 1e6, 1) for q, f in files.items()}}
+
+    source = base.folder / "source.json"
+    return run.stage("export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work)
+
+
+def ensure_base_gguf(base: BaseModel) -> dict[str, Path]:
+    """The untouched base as GGUF at every quantisation, kept in the cache: the fair opponent of the tuned model."""
+    files = {q: gguf_base(base, q) for q in QUANTISATIONS}
+    if not all(f.exists() for f in files.values()):
+        _ladder(base.folder, files)
+    return files
+
+
+def _ladder(folder: Path, files: dict[str, Path]) -> None:
+    print(f"export: {folder.name} -> {', '.join(f.name for f in files.values())}", flush=True)
+    to_gguf(folder, files["f16"])
+    for name, kind in QUANTISATIONS.items():
+        if kind:
+            quantise(files["f16"], files[name], kind)
+
+
+def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompt: str) -> dict[str, Any]:
+    """Prove each hop: mean negative log-likelihood (nats per token) of `rows` under adapter, merged, f16, q8, q4 and base.
+
+    Also whether llama.cpp makes the same token ids of `prompt` as training did. Raises CourseError if a hop up to f16
+    changes the likelihood by more than 0.01, if the merged model equals its base, or if the ids differ.
+    """
+    base = base_model(run.profile.model)
+    merged = run.path("models", f"stakeholder-{base.short_name}-merged")
+    files = {q: gguf_file(run, q) for q in QUANTISATIONS}
+
+    def work() -> dict[str, Any]:
+        losses = {"base": nll(base.folder, rows), "adapter": nll(base.folder, rows, adapter), "merged": nll(merged, rows)}
+        for name, file in files.items():
+            print(f"parity: {', '.join(f'{k} {v:.4f}' for k, v in losses.items())}", flush=True)
+            losses[name] = nll(file, rows)
+        same = _same_ids(base, files["q8"], prompt)
+        _judge(losses, same)
+        return {"nll": {k: round(v, 5) for k, v in losses.items()}, "same_ids": same, "rows": len(rows)}
+
+    settings = {"rows": [r.ids for r in rows], "prompt": prompt}
+    return run.stage("parity", settings, [adapter, merged, *files.values()], [], work)
+
+
+def _same_ids(base: BaseModel, gguf: Path, prompt: str) -> bool:
+    from stakelib.models import render
+
+    with engine(gguf, base.folder) as llama:
+        return llama.tokenize(prompt) == render(llama.tokenizer, prompt).ids
+
+
+def _judge(losses: dict[str, float], same_ids: bool) -> None:
+    problems = [
+        f"{hop}: {losses[hop]:.4f} nats per token, the adapter has {losses['adapter']:.4f}"
+        for hop in ("merged", "f16")
+        if abs(losses[hop] - losses["adapter"]) > 0.01
+    ]
+    if abs(losses["merged"] - losses["base"]) < 1e-4:
+        problems.append(f"the merged model equals its base ({losses['base']:.4f} nats per token)")
+    if not same_ids:
+        problems.append("llama.cpp makes other token ids of the prompt than training did")
+    if problems:
+        raise CourseError(problems, "do not ship these files; report the model and these lines")

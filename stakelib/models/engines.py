@@ -1,0 +1,187 @@
+"""Engines that answer prompts: llama.cpp on a GGUF (what is shipped) and transformers on a folder (before export)."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stakelib.models.chat import render, stop_ids, template
+from stakelib.models.gguf_weights import architecture, load_gemma
+from stakelib.run import CourseError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One reply: `stopped` is False where it was cut at the token limit; `seconds` from request to last token."""
+
+    text: str
+    stopped: bool
+    new_tokens: int
+    prompt_tokens: int
+    seconds: float
+
+
+def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None) -> LlamaCpp | Transformers:
+    """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
+
+    `path`: a GGUF file ("llama.cpp") or a model folder ("transformers", where `adapter` may name a LoRA folder).
+    `tokenizer`: the base model's folder; ids are made by the same `render` as in training.
+    """
+    if not Path(path).exists():
+        raise CourseError(f"{path} is missing", "run notebooks 04 and 05 first")
+    return LlamaCpp(path, tokenizer) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
+
+
+def quiet() -> None:
+    """Turn off transformers' bars and advice: this course prints its own plain lines."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; no code from the folder is run."""
+    from transformers import AutoTokenizer
+
+    quiet()
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class LlamaCpp:
+    """llama.cpp in this process, answering several prompts at once (continuous batching)."""
+
+    def __init__(self, gguf: Path, tokenizer: Path, at_once: int = 8, context: int = 2048) -> None:
+        self.gguf, self.at_once, self.context = Path(gguf), at_once, context
+        self.tokenizer = load_tokenizer(tokenizer)
+
+    def __enter__(self) -> LlamaCpp:
+        import psutil
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(self.gguf)
+        params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = psutil.cpu_count(logical=False) or 2
+        params.hostnames, params.ui, params.warmup, params.verbosity = ["127.0.0.1"], False, False, -1
+        self.server = xllamacpp.Server(params)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.server
+
+    def ask(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy."""
+        settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
+        pool = ThreadPoolExecutor(self.at_once)
+        try:
+            waiting = {pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _one(self, ids: list[int], settings: dict[str, Any]) -> Answer:
+        if len(ids) + settings["n_predict"] > self.context:
+            raise CourseError(
+                f"a prompt of {len(ids)} tokens and {settings['n_predict']} new ones exceed the context of {self.context}",
+                "shorten the prompt",
+            )
+        start = time.perf_counter()
+        reply = self.server.handle_completions({"prompt": ids, **settings})
+        if "choices" not in reply:
+            raise CourseError(f"llama.cpp answered {reply}", "check that the GGUF was made by notebook 05")
+        choice, usage = reply["choices"][0], reply["usage"]
+        seconds = time.perf_counter() - start
+        return Answer(
+            choice["text"], choice["finish_reason"] == "stop", usage["completion_tokens"], usage["prompt_tokens"], seconds
+        )
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """The ids that llama.cpp itself makes of a prompt inside the chat template (BOS written by the template)."""
+        around = template(self.tokenizer)
+        text = around.before + prompt.strip() + around.between
+        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+        url = f"{self.server.listening_address}/tokenize"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return json.load(reply)["tokens"]
+
+
+class Transformers:
+    """A model folder in transformers, with a LoRA adapter on top if one is given; greedy, all prompts in one batch."""
+
+    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None) -> None:
+        self.folder, self.adapter, self.tokenizer = Path(folder), adapter, load_tokenizer(tokenizer)
+
+    def __enter__(self) -> Transformers:
+        self.model = load_weights(self.folder, self.adapter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.model
+
+    def ask(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield (index, Answer); only new tokens are decoded. Sampling is llama.cpp's job: temperature must be 0."""
+        import torch
+
+        if temperature:
+            raise CourseError("this engine is greedy", "use temperature 0, or the llama.cpp engine")
+        start = time.perf_counter()
+        rows, stops = [render(self.tokenizer, p).ids for p in prompts], stop_ids(self.tokenizer)
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+        attend = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+        with torch.inference_mode():
+            whole = self.model.generate(
+                input_ids=ids, attention_mask=attend, max_new_tokens=max_new_tokens, do_sample=False,
+                eos_token_id=stops, pad_token_id=pad,
+            )  # fmt: skip
+        for i, new in enumerate(whole[:, width:].tolist()):
+            stop = next((k for k, t in enumerate(new) if t in stops), None)
+            text = self.tokenizer.decode(new[:stop], skip_special_tokens=True)
+            count = len(new) if stop is None else stop + 1
+            yield i, Answer(text, stop is not None, count, len(rows[i]), time.perf_counter() - start)
+
+
+def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = None) -> Any:
+    """A causal language model in evaluation mode, from a folder of safetensors or from a GGUF (de-quantised).
+
+    `dtype` None takes what this machine multiplies fastest. `adapter`: a PEFT folder laid over it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from stakelib.machine import precision
+
+    quiet()
+    wanted = getattr(torch, dtype or precision()[0])
+    source = Path(source)
+    if source.suffix == ".gguf" and architecture(source) == "gemma":
+        model = load_gemma(source, wanted)
+    elif source.suffix == ".gguf":
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted
+        )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True, local_files_only=True)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()

@@ -1,0 +1,71 @@
+"""The LoRA recipe and the back-ends that carry it out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from typing import Any
+
+from stakelib import machine
+from stakelib.models import base_model, load_tokenizer
+from stakelib.run import CourseError, Run, atomic_write_text, writing
+from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
+from stakelib.training.rows import load_rows, render_rows
+
+__all__ = ["RECIPES", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "render_rows", "train"]
+
+
+def adapter_folder(run: Run) -> Any:
+    """Where the trained adapter of this run lies, in PEFT form."""
+    return run.path("models", f"stakeholder-{base_model(run.profile.model).short_name}-lora")
+
+
+def train(run: Run, recipe: Recipe, backend: str = "auto") -> dict[str, Any]:
+    """Train an adapter on the run's training rows and save it with a model card; skipped if nothing changed.
+
+    Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Returns the losses
+    (nats per learned token), tokens and speed. Raises CourseError for bad rows or a broken loss.
+    """
+    if backend not in ("auto", "peft"):
+        raise CourseError(f"back-end '{backend}' is unknown", "use backend='peft'")
+    base, folder = base_model(run.profile.model), adapter_folder(run)
+    files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
+    settings = {"recipe": recipe.settings(), "epochs": run.profile.epochs, "backend": "peft"}
+
+    def work() -> dict[str, Any]:
+        from stakelib.training.peft_backend import train_peft
+
+        tokenizer = load_tokenizer(base.folder)
+        train_rows, valid_rows = (render_rows(tokenizer, load_rows(f), recipe.max_length) for f in files)
+        run.remember(machine=machine.describe(run.folder))
+        precision, why = machine.precision()
+        print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
+        key = hashlib.sha256(json.dumps([settings, [f.read_text(encoding="utf-8") for f in files]]).encode()).hexdigest()
+        checkpoints = run.path("training", f"checkpoints-{key[:12]}")
+        model, result = train_peft(base.folder, recipe, run.profile.epochs, train_rows, valid_rows, checkpoints)
+        result |= {"precision": precision, "precision_why": why, "rows": len(train_rows), "valid_rows": len(valid_rows)}
+        with writing(folder) as part:
+            model.save_pretrained(part)
+            _finish(part, base, recipe, result)
+        shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        return result
+
+    return run.stage("train", settings, [*files, base.folder / "source.json"], [folder], work)
+
+
+def _finish(folder: Any, base: Any, recipe: Recipe, result: dict[str, Any]) -> None:
+    """Replace the machine's own path in the adapter's config by the model's name, and write the model card."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base.origin
+    atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    lines = [
+        f"# stakeholder-{base.short_name}: a LoRA adapter that answers as nine energy stakeholders", "",
+        f"- Base model: {base.origin} (licence: {base.licence}; it also binds this adapter)",
+        f"- Trained on {result['rows']} synthetic dialogues made by rules, {result['learned_tokens']} learned tokens",
+        f"- Validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']} of {result['steps']}",
+        f"- Recipe '{recipe.name}': " + ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if k != "name"),
+        "- Precision of the frozen base: " + result["precision"], "",
+        "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others.",
+    ]  # fmt: skip
+    atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")

@@ -1,0 +1,177 @@
+"""LoRA with peft, driven by transformers' Trainer: packed rows, logits at learned places only, safe checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
+
+from stakelib.models import Rendered, load_weights
+from stakelib.run import CourseError, Progress
+from stakelib.training.recipe import Recipe
+
+COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short and is not used
+
+
+def pack(rows: Sequence[tuple[int, Rendered]]) -> dict[str, torch.Tensor]:
+    """Rows laid end to end in one sequence; positions restart at 0, so attention never crosses from row to row.
+
+    Shapes: three tensors of [1, all tokens]. No padding, so no wasted work.
+    """
+    ids = [i for _, r in rows for i in r.ids]
+    positions = [p for _, r in rows for p in range(len(r.ids))]
+    labels = [i if m else -100 for _, r in rows for i, m in zip(r.ids, r.mask, strict=True)]
+    return {k: torch.tensor([v]) for k, v in (("input_ids", ids), ("position_ids", positions), ("labels", labels))}
+
+
+def packed_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the negative log-likelihood in nats, number) over the learned tokens of a packed batch."""
+    places = (batch["labels"][0] != -100).nonzero()[:, 0]
+    logits = model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=places - 1
+    ).logits[0]
+    wanted = batch["labels"][0, places]
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum"), len(places)
+
+
+class PackedTrainer(Trainer):
+    """transformers' Trainer with our loss, an exact validation mean, and rows in an order fixed by the seed."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001, ANN201
+        total, count = packed_loss(model, inputs)
+        return total / (num_items_in_batch or count)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        self.model.eval()
+        with torch.inference_mode():
+            parts = [packed_loss(self.model, self._prepare_inputs(b)) for b in self.get_eval_dataloader()]
+        metrics = {"eval_loss": float(sum(t for t, _ in parts)) / sum(n for _, n in parts)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Watch(TrainerCallback):
+    """Progress lines, a checkpoint every few minutes, a mark on complete checkpoints, and a stop on a broken loss."""
+
+    def __init__(self, total: int, save_every_s: float = 180.0) -> None:
+        self.progress, self.save_every_s = Progress("training", total, "steps", every=15), save_every_s
+        self.saved, self.loss = time.monotonic(), float("nan")
+
+    def on_train_begin(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
+        self.progress.tick(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001, ANN003, ANN201
+        self.loss = (logs or {}).get("loss", self.loss)
+        broken = [k for k in ("loss", "eval_loss") if k in (logs or {}) and not math.isfinite(logs[k])]
+        if broken:
+            raise CourseError(
+                f"{broken[0]} is not a number at step {state.global_step}: training diverged",
+                "lower learning_rate in the recipe (half of it) and run the notebook again",
+            )
+        if "eval_loss" in (logs or {}):
+            print(f"validation loss {logs['eval_loss']:.3f} at step {state.global_step}", flush=True)
+
+    def on_step_end(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
+        self.progress.tick(state.global_step, f"loss {self.loss:.3f}")
+        if time.monotonic() - self.saved > self.save_every_s:
+            control.should_save = True
+        return control
+
+    def on_save(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
+        self.saved = time.monotonic()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; those that were cut short are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for broken in [c for c in found if not (c / COMPLETE).exists()]:
+        shutil.rmtree(broken)
+    return next((c for c in reversed(found) if c.exists()), None)
+
+
+def train_peft(
+    base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
+) -> tuple[Any, dict[str, Any]]:
+    """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
+
+    Returns the peft model holding the best adapter by validation loss, and the result: history of training and
+    validation loss (nats per learned token), best step, trainable parameters, learned tokens, rows per second.
+    """
+    set_seed(recipe.seed)
+    model = load_weights(base)
+    model.config.use_cache = False
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
+        bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(model, config)
+    order = row_order(len(train), epochs, recipe.seed)
+    per_step = recipe.batch * recipe.accumulate
+    steps = math.ceil(len(order) / per_step)
+    every = max(1, steps // (epochs * recipe.validate_per_epoch))
+    trainer = PackedTrainer(
+        model=model,
+        args=_arguments(recipe, checkpoints, steps, every),
+        train_dataset=[(i, train[i]) for i in order],
+        eval_dataset=list(enumerate(valid)),
+        data_collator=pack,
+        callbacks=[Watch(steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed = last_checkpoint(checkpoints)
+    if resumed:
+        print(f"training: going on from {resumed.name} of {steps}", flush=True)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    return model, _result(trainer, model, train, order, steps, resumed, time.monotonic() - started, per_step)
+
+
+def row_order(rows: int, epochs: int, seed: int) -> list[int]:
+    """Row numbers in the order of training: each epoch a new shuffle, the same for the same seed."""
+    shuffle = random.Random(seed)
+    return [i for _ in range(epochs) for i in shuffle.sample(range(rows), rows)]
+
+
+def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=recipe.batch,
+        per_device_eval_batch_size=recipe.batch, gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup * steps), weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
+        train_sampling_strategy="sequential", remove_unused_columns=False, dataloader_num_workers=0,
+        logging_steps=max(1, min(5, every)), logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
+        eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every, save_total_limit=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
+    )  # fmt: skip
+
+
+def _result(trainer, model, train, order, steps, resumed, seconds, per_step):  # noqa: ANN001, ANN202
+    history = trainer.state.log_history
+    done = steps - (int(resumed.name.split("-")[1]) if resumed else 0)
+    return {
+        "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
+        "valid_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
+        "best_step": trainer.state.best_global_step,
+        "best_valid_loss": trainer.state.best_metric,
+        "steps": steps,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "learned_tokens": sum(sum(train[i].mask) for i in order),
+        "all_tokens": sum(len(train[i].ids) for i in order),
+        "rows_per_second": round(done * per_step / max(seconds, 1e-9), 2),
+        "resumed_at": int(resumed.name.split("-")[1]) if resumed else 0,
+    }
