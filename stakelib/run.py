@@ -121,11 +121,12 @@ class Run:
         self.folder, self.profile, self.record = Path(folder), profile, record
 
     @classmethod
-    def open(cls, out: str | Path | None = None, profile: str = "quick", model: str | None = None) -> Run:
-        """Create or continue the run in folder `out` (default: runs/<profile>[-<model>]).
+    def open(cls, out: str | Path | None = None, profile: str | None = None, model: str | None = None) -> Run:
+        """Create or continue the run in folder `out` (default: runs/<profile>[-<model>], $STAKE_PROFILE or quick).
 
         Raises CourseError for an unknown profile, a folder of another format, or one that holds another run.
         """
+        profile = profile or os.environ.get("STAKE_PROFILE") or "quick"
         chosen = choose_profile(profile, model)
         folder = Path(out) if out else default_folder(profile, model)
         record_file = folder / "run.json"

@@ -1,11 +1,11 @@
 """Base models, chat rendering, engines that answer, and negative log-likelihood."""
 
 from stakelib.models.catalog import MODELS, BaseModel, base_model, find_model, gguf_base, preflight
-from stakelib.models.chat import Rendered, picture, render, stop_ids, template
+from stakelib.models.chat import Rendered, render, stop_ids, template
 from stakelib.models.engines import Answer, engine, load_tokenizer, load_weights
 from stakelib.models.likelihood import nll, row_nll
 
 __all__ = [
     "MODELS", "Answer", "BaseModel", "Rendered", "base_model", "engine", "find_model", "gguf_base", "load_tokenizer",
-    "load_weights", "nll", "picture", "preflight", "render", "row_nll", "stop_ids", "template",
+    "load_weights", "nll", "preflight", "render", "row_nll", "stop_ids", "template",
 ]  # fmt: skip

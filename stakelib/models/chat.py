@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,15 +77,6 @@ def render(tokenizer: Any, prompt: str, completion: str | None = None) -> Render
 def stop_ids(tokenizer: Any) -> list[int]:
     """Ids that end an answer: end-of-text and the template's end-of-turn, which in Gemma is not the EOS."""
     return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(template(tokenizer).end)})
-
-
-def picture(tokenizer: Any, rendered: Rendered) -> str:
-    """HTML of one row: grey is given, green is learned. The text is escaped."""
-    spans = (
-        f'<span style="background:{"#bfe5c7" if learned else "#ececec"};color:#111">{html.escape(tokenizer.decode([i]))}</span>'
-        for i, learned in zip(rendered.ids, rendered.mask, strict=True)
-    )
-    return f'<div style="white-space:pre-wrap;font-family:monospace;font-size:85%">{"".join(spans)}</div>'
 
 
 def _control(tokenizer: Any, text: str) -> list[int]:

@@ -17,17 +17,11 @@ GEMMA_TEMPLATE = (
 )
 # Gemma's ids 0-107: llama.cpp's converter expects <end_of_turn> at 107.
 FIRST_TOKENS = ["<mask>", "\n", *(f"<unused{i}>" for i in range(100)), "<start_of_turn>", "<end_of_turn>"]
-CORPUS = """You are simulating a stakeholder reviewing an energy scenario for the country.
-Renewable Share 2030, Investment in million dollars, Jobs Created, Emissions in Mt CO2, Peak Demand in MW.
-Respond as this stakeholder would, addressing their concerns and interests and priorities.
-Initial Reaction, Appreciates, Concerns, Questions, Engagement Tips for ministries and grid operators.
-We welcome the plan and ask how storage, transmission and finance will follow the new solar and wind capacity.
-What happens to the bills of households, to the workers of the coal plants and to the land of the farmers?
-"""
+WORDS = Path(__file__).resolve().parents[1] / "voices" / "data"  # read as plain text, so that rows are not all bytes
 
 
 def make_tiny(folder: Path, seed: int = 0) -> None:
-    """Write a GemmaForCausalLM (2 layers, width 64, about 0.1 M parameters) with its own tokenizer into `folder`."""
+    """Write a GemmaForCausalLM (2 layers, width 64, about 0.3 M parameters) with its own tokenizer into `folder`."""
     import torch
     from transformers import GemmaConfig, GemmaForCausalLM
 
@@ -35,7 +29,7 @@ def make_tiny(folder: Path, seed: int = 0) -> None:
     tokens = _write_tokenizer(folder)
     config = GemmaConfig(
         vocab_size=tokens, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,8 +44,9 @@ def _write_tokenizer(folder: Path) -> int:
     from transformers import GemmaTokenizer
 
     model = io.BytesIO()
+    lines = [x.strip() for f in sorted(WORDS.glob("*.yaml")) for x in f.read_text(encoding="utf-8").splitlines() if x.strip()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()), model_writer=model, model_type="bpe", vocab_size=640,
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=3000, hard_vocab_limit=False,
         byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>", user_defined_symbols=FIRST_TOKENS,
         add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
         split_digits=True, num_threads=1, minloglevel=2,

@@ -5,56 +5,68 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from stakelib import machine
-from stakelib.models import base_model, load_tokenizer
-from stakelib.run import CourseError, Run, atomic_write_text, writing
+from stakelib.models import BaseModel, base_model, load_tokenizer
+from stakelib.run import CourseError, Run, atomic_write_text, sha256, writing
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import load_rows, render_rows
 
 __all__ = ["RECIPES", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "render_rows", "train"]
 
 
-def adapter_folder(run: Run) -> Any:
+def adapter_folder(run: Run) -> Path:
     """Where the trained adapter of this run lies, in PEFT form."""
     return run.path("models", f"stakeholder-{base_model(run.profile.model).short_name}-lora")
 
 
-def train(run: Run, recipe: Recipe, backend: str = "auto") -> dict[str, Any]:
+def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = None) -> dict[str, Any]:
     """Train an adapter on the run's training rows and save it with a model card; skipped if nothing changed.
 
-    Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Returns the losses
-    (nats per learned token), tokens and speed. Raises CourseError for bad rows or a broken loss.
+    Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. With `rows`, a trial
+    on that many rows for one epoch, whose adapter goes to training/trials/. Returns the losses (nats per learned
+    token), tokens and speed. Raises CourseError for bad rows or a broken loss.
     """
     if backend not in ("auto", "peft"):
         raise CourseError(f"back-end '{backend}' is unknown", "use backend='peft'")
-    base, folder = base_model(run.profile.model), adapter_folder(run)
+    if rows:
+        recipe = replace(recipe, validate_per_epoch=1)
+    base, epochs = base_model(run.profile.model), 1 if rows else run.profile.epochs
+    name = f"trial-{recipe.name}-{rows}" if rows else "train"
+    folder = run.path("training", "trials", name) if rows else adapter_folder(run)
     files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
-    settings = {"recipe": recipe.settings(), "epochs": run.profile.epochs, "backend": "peft"}
+    settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": "peft"}
 
     def work() -> dict[str, Any]:
         from stakelib.training.peft_backend import train_peft
 
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = (render_rows(tokenizer, load_rows(f), recipe.max_length) for f in files)
+        train_rows = train_rows[:rows]
         run.remember(machine=machine.describe(run.folder))
         precision, why = machine.precision()
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
-        key = hashlib.sha256(json.dumps([settings, [f.read_text(encoding="utf-8") for f in files]]).encode()).hexdigest()
-        checkpoints = run.path("training", f"checkpoints-{key[:12]}")
-        model, result = train_peft(base.folder, recipe, run.profile.epochs, train_rows, valid_rows, checkpoints)
+        checkpoints = run.path("training", f"checkpoints-{_key(settings, files)}")
+        model, result = train_peft(base.folder, recipe, epochs, train_rows, valid_rows, checkpoints)
         result |= {"precision": precision, "precision_why": why, "rows": len(train_rows), "valid_rows": len(valid_rows)}
         with writing(folder) as part:
             model.save_pretrained(part)
             _finish(part, base, recipe, result)
-        shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return result
 
-    return run.stage("train", settings, [*files, base.folder / "source.json"], [folder], work)
+    return run.stage(name, settings, [*files, base.folder / "source.json"], [folder], work)
 
 
-def _finish(folder: Any, base: Any, recipe: Recipe, result: dict[str, Any]) -> None:
+def _key(settings: dict[str, Any], files: list[Path]) -> str:
+    """Names the checkpoints of exactly these settings and rows: others are never continued by mistake."""
+    return hashlib.sha256(json.dumps([settings, *map(sha256, files)]).encode()).hexdigest()[:12]
+
+
+def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any]) -> None:
     """Replace the machine's own path in the adapter's config by the model's name, and write the model card."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base.origin

@@ -21,8 +21,7 @@ class Recipe:
     learning_rate: float = 5e-4  # LoRA bears 10x and more of the full fine-tuning rate
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps in which the rate climbs: early steps are noisy
-    batch: int = 4  # rows packed into one sequence, without padding
-    accumulate: int = 1  # batches per optimizer step
+    accumulate: int = 8  # rows per optimizer step; they go through one by one, which needs least memory
     max_length: int = 1536  # tokens; a longer row is an error, never cut (it would lose its end-of-turn token)
     validate_per_epoch: int = 4  # and a checkpoint each time: the best one is kept, at most a quarter epoch is lost
     seed: int = 7
@@ -43,8 +42,7 @@ RECIPES = {
     r.name: r
     for r in (
         Recipe(),
-        Recipe("guide-pc", alpha=32, dropout=0.05, targets=ATTENTION, learning_rate=2e-5, schedule="linear", warmup=0.0,
-               batch=2, accumulate=4),
+        Recipe("guide-pc", alpha=32, dropout=0.05, targets=ATTENTION, learning_rate=2e-5, schedule="linear", warmup=0.0),
     )
 }  # fmt: skip
 

@@ -1,0 +1,67 @@
+"""Training files: one JSONL of all rows, one per split, MLX's form, and a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stakelib.dialogues.build import Dialogue
+from stakelib.run import CourseError, atomic_write_text, writing
+
+SPLITS = ("train", "valid", "test")
+
+
+def write(rows: Sequence[Dialogue], folder: str | Path, render_text: Callable[[str, str], str]) -> dict[str, Path]:
+    """Write the training files into `folder`, each whole or not at all; returns name -> path.
+
+    `render_text(prompt, completion)` gives the chat-formatted text for the dataset's `text` column.
+    """
+    folder = Path(folder)
+    data = [row.model_dump() for row in rows]
+    paths = {"all": _jsonl(folder / "stakeholder_dialogues.jsonl", data)}
+    for name in SPLITS:
+        part = [row for row in data if row["split"] == name]
+        paths[name] = _jsonl(folder / f"{name}.jsonl", part)
+        pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in part]
+        paths[f"mlx/{name}"] = _jsonl(folder / "mlx" / f"{name}.jsonl", pairs)
+    paths["hf"] = _dataset(folder / "stakeholder_hf_dataset", data, render_text)
+    return paths
+
+
+def read(path: str | Path) -> list[Dialogue]:
+    """Rows of a JSONL file; CourseError lists every broken line."""
+    path = Path(path)
+    if not path.is_file():
+        raise CourseError(f"{path}: no such file", "build the training data first.")
+    rows, problems = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            rows += [Dialogue.model_validate_json(line)] if line.strip() else []
+        except ValidationError as error:
+            problems += [f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
+                         for e in error.errors(include_url=False)]
+    if problems:
+        raise CourseError(problems, "mend these lines or build the training data again.")
+    return rows
+
+
+def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    return atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _dataset(path: Path, rows: list[dict[str, Any]], render_text: Callable[[str, str], str]) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    columns = ("id", "prompt", "completion", "stakeholder", "scenario", "split")
+    parts = {}
+    for name in SPLITS:
+        part = [row for row in rows if row["split"] == name]
+        table = {column: [row[column] for row in part] for column in columns}
+        parts[name] = Dataset.from_dict({**table, "text": [render_text(r["prompt"], r["completion"]) for r in part]})
+    with writing(path) as folder:
+        DatasetDict(parts).save_to_disk(str(folder))
+    return path

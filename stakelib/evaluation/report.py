@@ -1,0 +1,196 @@
+"""report.html: one self-contained file for a planner, and evaluation.json with the same figures for machines."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stakelib import plots
+from stakelib.evaluation.measures import MEASURES
+from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, smallest_visible_difference
+from stakelib.run import atomic_write_json, atomic_write_text, clock
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOT_MEASURED = (
+    "Whether people find the answers accurate, natural, relevant and specific: nobody has rated them yet.",
+    "The base model with a better prompt and examples, and the rule text, as further rivals.",
+    "Whether an answer sounds like its own stakeholder and no other.",
+    "Whether words such as rise and fall, or claims without a figure, agree with the scenario.",
+    "The same question asked twice, in other words, or at the temperature that the tool uses.",
+    "What the model forgot: anything outside this task.",
+    "Speed and memory on machines other than the one named under Cost.",
+)
+FIGURE_PANELS = ("has_sections", "stopped", "cites_three", "grounded_share")
+
+
+def report(
+    run: Any,
+    scores: pd.DataFrame,
+    comparison: pd.DataFrame,
+    rows: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    guide_answers: Sequence[Mapping[str, str]] | None = None,
+) -> Path:
+    """Write report.html and evaluation/evaluation.json into the run folder; return the report's path.
+
+    `guide_answers`: one dict per test prompt of the guide with "prompt", "base" and "tuned" (texts). Everything that
+    comes from scenarios or models is escaped by the template; figures are embedded, nothing is loaded or run.
+    """
+    texts = {(a["row_id"], a["system"]): a["text"] for a in answers}
+    totals = {s: _totals(part) for s, part in scores.groupby("system")}
+    split = by_stakeholder(scores, FIGURE_PANELS)
+    facts = {
+        "profile": run.profile.name,
+        "model": run.profile.model,
+        "files": dict(sorted((a["system"], a["gguf"]) for a in answers)),
+        "prompts": int(scores["row_id"].nunique()),
+        "scenarios": int(scores["scenario_id"].nunique()),
+        "smallest_visible_difference": smallest_visible_difference(int(scores["row_id"].nunique())),
+        "comparison": comparison.to_dict("records"),
+        "totals": totals,
+        "by_stakeholder": split.to_dict("records"),
+        "worst": worst(scores),
+        "measures": {name: vars(m) for name, m in MEASURES.items()},
+        "not_measured": list(NOT_MEASURED),
+    }
+    facts["verdict"] = verdict(facts)
+    facts = finite(facts)
+    atomic_write_json(run.path("evaluation", "evaluation.json"), facts)
+    voices = [row["stakeholder"] for row in rows]
+    page = _template().render(
+        facts=facts,
+        figures=[embed(plots.base_vs_tuned(comparison)), embed(plots.per_stakeholder(split))],
+        bad=[{**w, "segments": marked(scores, texts, w["row_id"], "tuned")} for w in facts["worst"]],
+        pairs=[_pair(scores, texts, row) for i, row in enumerate(rows) if row["stakeholder"] not in voices[:i]],
+        guide=guide_answers or [],
+        cost=_cost(run.record),
+        machine=run.record.get("machine") or {},
+    )
+    return atomic_write_text(run.path("report.html"), page)
+
+
+def verdict(facts: Mapping[str, Any]) -> list[str]:
+    """The findings in plain sentences, each one following from a figure of the table."""
+    lines = [c for c in facts["comparison"] if c["direction"] != "none"]
+    n, seen, points = facts["prompts"], facts["scenarios"], 100 * facts["smallest_visible_difference"]
+    named = {v: [c["label"].lower() for c in lines if c["verdict"] == v] for v in ("better", "worse", "cannot tell")}
+    good = _list(named["better"], "clearly better than its base on", "on no measure clearly better than its base")
+    said = [f"The tuned model is {good}. It is {_list(named['worse'], 'clearly worse on', 'clearly worse on none')}."]
+    if named["cannot tell"]:
+        said.append(f"These prompts cannot tell the two apart on: {', '.join(named['cannot tell'])}.")
+    for system, t in facts["totals"].items():
+        share = f" ({t['grounded'] / t['numbers']:.0%})" if t["numbers"] else ""
+        said.append(
+            f"The {system} model wrote {t['numbers']} figures in {t['answers']} answers; {t['grounded']}{share} of them"
+            f" stand in the prompt. {t['faultless']} of its answers passed every check (95 % interval: "
+            f"{t['faultless_interval'][0]:.0%} to {t['faultless_interval'][1]:.0%})."
+        )
+    said.append(
+        f"This run used {n} prompts from {seen} scenarios: a true difference under about {points:.0f} points "
+        "would often stay unseen, and single stakeholders are less certain still."
+    )
+    return [*said, "The measures check form and figures. Whether an answer is wise or useful, only people can say."]
+
+
+def _list(names: Sequence[str], some: str, none: str) -> str:
+    return f"{some}: {', '.join(names)}" if names else none
+
+
+def faults(line: Mapping[str, Any]) -> list[str]:
+    """Why an answer is not good, in words, gravest first; empty for an answer without a fault."""
+    said = [] if line["words"] else ["the answer is empty"]
+    for m in line["invented"]:
+        near = f"; nearest in the prompt: {m['nearest']}" if m["nearest"] else ""
+        said.append(f"states {m['text']}: {m['reason']}{near}")
+    said += [f"section missing or empty: {', '.join(line['missing'])}"] if line["missing"] else []
+    said += ["sections repeated or out of order"] if not line["missing"] and not line["has_sections"] else []
+    few = [f"{name} {n}" for name, n in line["items"].items() if name not in line["missing"]]
+    said += [f"wrong number of points ({', '.join(few)})"] if few and not line["items_ok"] else []
+    said += ["did not stop by itself"] if not line["stopped"] and line["words"] else []
+    said += ["copies the prompt"] if line["copied_prompt"] else []
+    often = line["words"] and line["repeated"] > 0.2
+    said += [f"repeats itself ({line['repeated']:.0%} of four-word runs)"] if often else []
+    return said + (["uses fewer than three scenario figures"] if not line["cites_three"] else [])
+
+
+def worst(scores: pd.DataFrame, most: int = 10) -> list[dict[str, Any]]:
+    """The tuned answers with the most faults (an empty one first), with their reasons; faultless ones never."""
+    lines = [{**s, "faults": faults(s)} for s in scores[scores["system"] == "tuned"].to_dict("records")]
+    ranked = sorted((s for s in lines if s["faults"]), key=lambda s: (s["words"] > 0, -len(s["faults"]), s["row_id"]))
+    return [{k: s[k] for k in ("row_id", "stakeholder", "scenario", "country", "faults")} for s in ranked[:most]]
+
+
+def _totals(part: pd.DataFrame) -> dict[str, Any]:
+    """Counts over all answers of one system, and the 95 % interval of the share without any fault."""
+    import numpy as np
+
+    clean = np.array([not faults(line) for line in part.to_dict("records")], dtype=float)
+    numbers, grounded = int(part["numbers"].sum()), int(part["grounded"].sum())
+    return {"answers": len(part), "numbers": numbers, "grounded": grounded, "faultless": int(clean.sum()),
+            "faultless_interval": list(clustered_wilson(clean, list(part["scenario_id"])))}  # fmt: skip
+
+
+def marked(scores: pd.DataFrame, texts: Mapping, row_id: str, system: str) -> list[tuple[str, str]]:
+    """An answer as (text, reason) pieces; the reason is empty but for figures that the prompt does not hold."""
+    text = texts.get((row_id, system), "")
+    found = scores[(scores["row_id"] == row_id) & (scores["system"] == system)]
+    pieces, at = [], 0
+    for miss in sorted(found["invented"].iloc[0], key=lambda m: m["start"]) if len(found) else []:
+        pieces += [(text[at : miss["start"]], ""), (text[miss["start"] : miss["end"]], miss["reason"])]
+        at = miss["end"]
+    return [*pieces, (text[at:], "")]
+
+
+def _pair(scores: pd.DataFrame, texts: Mapping, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"row": row, **{s: marked(scores, texts, row["id"], s) for s in ("base", "tuned")}}
+
+
+def _cost(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line per stage of the record: seconds, peak memory (MB) and what it wrote (name, MB)."""
+    return [
+        {"stage": name, "time": clock(s["seconds"]), "peak_mb": s.get("peak_mb"),
+         "files": [(file, about["bytes"] / 1e6) for file, about in s.get("outputs", {}).items()]}
+        for name, s in record.get("stages", {}).items()
+    ]  # fmt: skip
+
+
+def embed(chart: Any) -> dict[str, str]:
+    """A chart as a data URI (SVG, text as outlines so no font is needed) with its alt text; equal every time."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "stakelib", "svg.fonttype": "path"}):
+        chart.savefig(out, format="svg", metadata={"Date": None})
+    return {"src": f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}", "alt": chart.alt}
+
+
+def finite(value: Any) -> Any:
+    """`value` as plain JSON types; NaN and infinities become None, which means unknown."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(__file__).parent / "templates"
+    env = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    env.filters["shown"] = _shown
+    return env.get_template("report.html.j2")
+
+
+def _shown(value: float | None, kind: str) -> str:
+    """A value of the table: percent for yes/no and shares, else a number; a dash where unknown."""
+    if value is None:
+        return "–"
+    return (f"{value:,.1f}" if kind == "number" else f"{100 * value:.0f}").replace("-", "\u2212")

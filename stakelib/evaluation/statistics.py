@@ -1,0 +1,176 @@
+"""How sure: intervals and paired tests that hold for a few dozen prompts from a handful of scenarios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+from stakelib.evaluation.measures import MEASURES
+from stakelib.run import CourseError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+DRAWS = 2000  # bootstrap draws: the 2.5 % tail then rests on 50 of them
+ALPHA = 0.05
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval for k successes of n; (0, 1), nothing known, for n = 0."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    if n == 0:
+        return 0.0, 1.0
+    low, high = proportion_confint(k, n, alpha=ALPHA, method="wilson")
+    return float(low), float(high)
+
+
+def smallest_visible_difference(n: int, discordant: float = 0.3) -> float:
+    """Difference of two paired rates (0-1) that n pairs show with 80 % chance at the 5 % level; 1.0 if none.
+
+    Solves Connor's (1987) sample size for McNemar's test, assuming that `discordant` of the pairs differ. Pairs from
+    the same scenario carry less than n separate ones, so this is a best case.
+    """
+    for points in range(1, 100):
+        d = points / 100
+        spread = max(discordant, d)
+        if (1.96 * sqrt(spread) + 0.84 * sqrt(max(spread - d * d, 0))) ** 2 / d**2 <= n:
+            return max(d, 6 / n)  # six pairs, all one way, are the fewest that the exact test can call
+    return 1.0
+
+
+def clustered_means(values: np.ndarray, clusters: Sequence[Any], seed: int = 0) -> np.ndarray:
+    """DRAWS bootstrap means of each column of `values` (n, k), whole clusters drawn; shape (DRAWS, k).
+
+    Spread is widened by sqrt(G/(G-1)) * t(G-1)/z: few clusters otherwise give intervals that are too short.
+    """
+    import numpy as np
+    from scipy.stats import norm, t
+
+    names, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    groups = len(names)
+    sums = np.zeros((groups, values.shape[1]))
+    np.add.at(sums, index, values)
+    picked = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=DRAWS)
+    means = picked @ sums / (picked @ np.bincount(index))[:, None]
+    if groups < 2:
+        return np.full_like(means, np.nan)
+    widen = sqrt(groups / (groups - 1)) * t.ppf(1 - ALPHA / 2, groups - 1) / norm.ppf(1 - ALPHA / 2)
+    centre = values.mean(axis=0)
+    return centre + (means - centre) * widen
+
+
+def clustered_wilson(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
+    """95 % Wilson interval of a rate whose yes/no values share clusters: n shrinks by the design effect, z grows to t.
+
+    Where all values agree the design effect cannot be seen and n stays whole: then the interval is a best case.
+    """
+    import numpy as np
+    from scipy.stats import norm, t
+    from statsmodels.stats.proportion import proportion_confint
+
+    _, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    n, groups, rate = len(values), index.max() + 1, values.mean()
+    if groups < 2:
+        return 0.0, 1.0
+    variance = (np.bincount(index, values - rate) ** 2).sum() * groups / (groups - 1) / n**2
+    effect = max(1.0, variance * n / (rate * (1 - rate))) if 0 < rate < 1 else 1.0
+    wider = 2 * norm.sf(t.ppf(1 - ALPHA / 2, groups - 1)) if 0 < rate < 1 else ALPHA
+    low, high = proportion_confint(values.sum() / effect, n / effect, alpha=wider, method="wilson")
+    return float(low), float(high)
+
+
+def newcombe(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
+    """95 % interval of tuned - base of paired yes/no values (Newcombe 1998, method 10); blind to clusters."""
+    import numpy as np
+
+    n, p, q = len(base), base.mean(), tuned.mean()
+    (p_low, p_high), (q_low, q_high) = wilson(int(base.sum()), n), wilson(int(tuned.sum()), n)
+    phi = 0.0 if base.std() == 0 or tuned.std() == 0 else float(np.corrcoef(base, tuned)[0, 1])
+    down = (q - q_low) ** 2 - 2 * phi * (q - q_low) * (p_high - p) + (p_high - p) ** 2
+    up = (q_high - q) ** 2 - 2 * phi * (q_high - q) * (p - p_low) + (p - p_low) ** 2
+    return float(q - p - sqrt(max(down, 0))), float(q - p + sqrt(max(up, 0)))
+
+
+def _compare_one(pairs: pd.DataFrame, clusters: Sequence[Any], kind: str) -> dict[str, Any]:
+    """Values, intervals, difference and p of one measure; yes/no with score intervals, others by bootstrap."""
+    import numpy as np
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    base, tuned = pairs["base"].to_numpy(float), pairs["tuned"].to_numpy(float)
+    draws = clustered_means(np.column_stack([base, tuned, tuned - base]), clusters)
+    low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+    if kind == "yes/no":
+        (b_low, b_high), (t_low, t_high) = clustered_wilson(base, clusters), clustered_wilson(tuned, clusters)
+        d_low, d_high = newcombe(base, tuned)  # pairs from few scenarios: the bootstrap is wider, certain results: this
+        low, high = [b_low, t_low, min(d_low, low[2])], [b_high, t_high, max(d_high, high[2])]
+        table = [[np.sum((base == i) & (tuned == j)) for j in (1, 0)] for i in (1, 0)]
+        p = float(mcnemar(table, exact=True).pvalue)
+    else:
+        tail = min((draws[:, 2] <= 0).sum(), (draws[:, 2] >= 0).sum())
+        p = float(min(1.0, 2 * (tail + 1) / (DRAWS + 1))) if np.isfinite(draws).all() else 1.0
+    if kind != "number":
+        low, high = np.maximum(low, [0, 0, -1]), np.minimum(high, [1, 1, 1])
+    line = {"n": len(base), "scenarios": len(set(clusters))}
+    for i, (name, value) in enumerate(zip(("base", "tuned", "difference"), (base, tuned, tuned - base), strict=True)):
+        line |= {name: float(value.mean()), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+    return {**line, "p": p}
+
+
+def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None) -> pd.DataFrame:
+    """Base against tuned, paired by row: one line per measure, values as 0-1 (yes/no, share) or in their own unit.
+
+    p: exact McNemar for yes/no, bootstrap clustered by scenario otherwise; p_holm: corrected over all judged measures.
+    verdict: "better" or "worse" only if p_holm < 0.05 and the interval of the difference leaves out 0.
+    """
+    import pandas as pd
+    from statsmodels.stats.multitest import multipletests
+
+    if missing := {"base", "tuned"} - set(scores["system"]):
+        raise CourseError([f"no answers of '{s}'" for s in sorted(missing)], "ask both systems with answers() first")
+    lines = []
+    for name in measures or list(MEASURES):
+        about = MEASURES[name]
+        wide = scores.pivot(index=["row_id", "scenario_id"], columns="system", values=name)
+        wide = wide[["base", "tuned"]].astype(float).dropna()
+        if len(wide):
+            found = _compare_one(wide, list(wide.index.get_level_values("scenario_id")), about.kind)
+            lines.append({"measure": name, "label": about.label, "kind": about.kind, "unit": about.unit,
+                          "direction": about.direction, **found})  # fmt: skip
+    table = pd.DataFrame(lines)
+    judged = table["direction"] != "none"
+    table["p_holm"] = float("nan")
+    if judged.any():
+        table.loc[judged, "p_holm"] = multipletests(table.loc[judged, "p"], method="holm")[1]
+    table["verdict"] = [_verdict(line) for line in table.to_dict("records")]
+    return table
+
+
+def _verdict(line: dict[str, Any]) -> str:
+    if line["direction"] == "none":
+        return "not judged"
+    if not (line["p_holm"] < ALPHA and (line["difference_low"] > 0 or line["difference_high"] < 0)):
+        return "cannot tell"
+    return "better" if (line["difference"] > 0) == (line["direction"] == "higher") else "worse"
+
+
+def by_stakeholder(scores: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """Mean of each measure per stakeholder and system with n and its 95 % interval; NaN if from one scenario."""
+    import numpy as np
+    import pandas as pd
+
+    lines = []
+    for name in measures:
+        for (who, system), part in scores.groupby(["stakeholder", "system"]):
+            values, clusters = part[name].to_numpy(float), list(part["scenario_id"])
+            if MEASURES[name].kind == "yes/no":
+                low, high = clustered_wilson(values, clusters)
+            else:
+                draws = clustered_means(values[:, None], clusters)
+                low, high = np.clip(np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2]), 0, 1)
+            about = {"measure": name, "label": MEASURES[name].label, "stakeholder": who, "system": system}
+            found = {"n": len(values), "value": float(values.mean()), "low": float(low), "high": float(high)}
+            lines.append(about | found)
+    return pd.DataFrame(lines)

@@ -1,0 +1,279 @@
+"""Small figures a planner reads at a glance. Each returns a Chart: a matplotlib Figure that carries its alt text.
+
+No pyplot, so nothing is global and nothing opens a window; a notebook shows a Chart as it is. base is always a grey
+hollow circle and tuned a blue filled one, so that shape tells them apart without colour.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+INK, GREY, BASE, TUNED, WARN, GREEN = "#1b1f24", "#d5d9de", "#6b7280", "#0072B2", "#D55E00", "#007a5a"  # Okabe-Ito
+LOOK = {"base": {"color": BASE, "markerfacecolor": "white"}, "tuned": {"color": TUNED, "markerfacecolor": TUNED}}
+
+
+@cache
+def chart_class() -> type:
+    """The Figure class of this module, made on first use because matplotlib is slow to import."""
+    from matplotlib.figure import Figure
+
+    class Chart(Figure):
+        alt = ""
+
+        def __repr__(self) -> str:
+            return self.alt or super().__repr__()
+
+        def _repr_png_(self) -> bytes:
+            out = io.BytesIO()
+            self.savefig(out, format="png", dpi=110)
+            return out.getvalue()
+
+    return Chart
+
+
+def _chart(title: str, alt: str, rows: int = 1, cols: int = 1, size: tuple = (7, 3.2), **kw: Any) -> tuple:
+    """A Chart with a left-aligned title and quiet axes; returns (chart, array of axes with shape (rows, cols))."""
+    chart = chart_class()(figsize=size, layout="constrained")
+    chart.alt = f"{title}. {alt}"
+    lines = textwrap.fill(title, int(11 * size[0]))
+    money = {"parse_math": False}  # a "$" in a scenario name is money, not mathematics
+    chart.suptitle(lines, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, **money)
+    axes = chart.subplots(rows, cols, squeeze=False, **kw)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(GREY)
+        axis.tick_params(colors=INK, labelsize=9, length=0)
+    return chart, axes
+
+
+def loss_curve(result: Mapping[str, Any]) -> Any:
+    """Training and validation loss (nats per token) per optimiser step, the best validation marked.
+
+    `result`: what train() returns, with "train_loss" and "valid_loss" as lists of (step, loss); either may be empty.
+    """
+    points = {k: list(result.get(k, ())) for k in ("train_loss", "valid_loss")}
+    best = min(points["valid_loss"], key=lambda p: p[1], default=None)
+    first = points["valid_loss"][0] if best else None
+    title = f"Validation loss went from {first[1]:.2f} to {best[1]:.2f}" if best else "Training loss"
+    chart, axes = _chart(title, f"Best at step {best[0]}." if best else "No validation yet.")
+    axis = axes[0, 0]
+    lines = (("train_loss", "training", {"color": BASE, "lw": 1}),
+             ("valid_loss", "validation", {"color": TUNED, "lw": 2, "marker": "o", "ms": 4}))  # fmt: skip
+    for key, label, style in lines:
+        axis.plot([step for step, _ in points[key]], [loss for _, loss in points[key]], label=label, **style)
+    if best:
+        axis.plot(*best, marker="o", ms=11, mfc="none", mec=WARN, mew=2, ls="none", label=f"best, step {best[0]}")
+    axis.set_xlabel("optimiser step")
+    axis.set_ylabel("loss (nats per token)")
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", color=GREY, lw=0.6)
+    axis.legend(frameon=False, fontsize=9)
+    return chart
+
+
+def lengths(counts: Sequence[int], limit: int) -> Any:
+    """Histogram of row lengths in tokens with the limit; `counts` is one token count per row."""
+    over = sum(n > limit for n in counts)
+    title = f"{over} of {len(counts)} rows are longer than {limit:,} tokens" if over else (
+        f"All {len(counts)} rows fit: the longest has {max(counts):,} of {limit:,} tokens")  # fmt: skip
+    chart, axes = _chart(title, f"Histogram of tokens per row, from {min(counts)} to {max(counts)}.", size=(7, 2.8))
+    axis = axes[0, 0]
+    steps = range(math.ceil(max(*counts, limit) / limit * 40) + 1)  # 40 bars up to the limit, which is an edge
+    _, edges, bars = axis.hist(counts, bins=[limit * i / 40 for i in steps], color=TUNED, edgecolor="white", lw=0.5)
+    for edge, bar in zip(edges, bars, strict=False):
+        if edge >= limit:
+            bar.set_color(WARN)
+    axis.axvline(limit, color=WARN, lw=2, ls="--")
+    axis.annotate(f"limit {limit:,}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), color=WARN,
+                  ha="right", va="bottom", textcoords="offset points", fontsize=9)  # fmt: skip
+    axis.set_xlim(0, max(limit, max(counts)) * 1.03)
+    axis.set_xlabel("tokens per row (prompt and reply)")
+    axis.set_ylabel("rows")
+    return chart
+
+
+def coverage(rows: Sequence[Mapping[str, Any]], by: str = "stakeholder", across: str = "split") -> Any:
+    """Grid of row counts, e.g. stakeholder by split; empty cells stand out, because a gap is what to look for."""
+    down = list(dict.fromkeys(r[by] for r in rows))
+    order = {"train": 0, "valid": 1, "test": 2}
+    right = sorted(dict.fromkeys(r[across] for r in rows), key=lambda v: (order.get(v, 3), str(v)))
+    counts = [[sum(r[by] == d and r[across] == a for r in rows) for a in right] for d in down]
+    empty = sum(n == 0 for line in counts for n in line)
+    title = f"{len(rows)} rows: " + (f"{empty} empty cells" if empty else f"every {by} in every {across}")
+    told = "; ".join(f"{d}: {', '.join(f'{n} {a}' for n, a in zip(line, right, strict=True))}"
+                     for d, line in zip(down, counts, strict=True))  # fmt: skip
+    chart, axes = _chart(title, told, size=(min(3 + 1.1 * len(right), 12), 1 + 0.32 * len(down)))
+    axis, most = axes[0, 0], max(max(line) for line in counts)
+    axis.imshow(counts, cmap="Blues", vmin=0, vmax=most * 1.4, aspect="auto")
+    for y, line in enumerate(counts):
+        for x, n in enumerate(line):
+            style = {"color": "white" if n > 0.85 * most else INK} if n else {"color": WARN, "fontweight": "bold"}
+            axis.text(x, y, n, ha="center", va="center", fontsize=9, **style)
+    axis.set_xticks(range(len(right)), right)
+    axis.set_yticks(range(len(down)), down)
+    axis.xaxis.tick_top()
+    axis.spines[:].set_visible(False)
+    return chart
+
+
+def _dumbbell(axis: Axes, y: float, pair: Mapping[str, tuple[float, float | None, float | None]]) -> None:
+    """Base and tuned with their intervals on one line of a percent axis."""
+    for offset, (system, (value, low, high)) in zip((0.14, -0.14), pair.items(), strict=False):
+        if low is not None and not math.isnan(low):
+            axis.plot([100 * low, 100 * high], [y + offset] * 2, color=LOOK[system]["color"], lw=1.6, alpha=0.6)
+        axis.plot(100 * value, y + offset, "o", ms=7, mew=1.6, clip_on=False, zorder=3, label=system, **LOOK[system])
+
+
+def _percent_axis(axis: Axes, names: Sequence[str]) -> None:
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlim(0, 100)
+    axis.set_xticks([0, 50, 100], ["0", "50", "100 %"])
+    axis.tick_params(axis="y", pad=9)  # room for a marker that sits on 0 %
+    axis.grid(axis="x", color=GREY, lw=0.6)
+    axis.spines["left"].set_visible(False)
+
+
+def base_vs_tuned(comparison: pd.DataFrame) -> Any:
+    """Base (hollow) and tuned (filled) with 95 % intervals, for the measures that are percentages and are judged."""
+    lines = [c for c in comparison.to_dict("records") if c["kind"] != "number"]
+    tally = {v: sum(c["verdict"] == v for c in lines) for v in ("better", "worse", "cannot tell")}
+    title = "Tuned against base: better on {better}, worse on {worse}, unclear on {cannot tell}".format_map(tally)
+    told = "; ".join(f"{c['label']}: {c['base']:.0%} to {c['tuned']:.0%}, {c['verdict']}" for c in lines)
+    chart, axes = _chart(title, told, size=(7.5, 1.1 + 0.5 * len(lines)))
+    axis = axes[0, 0]
+    for y, c in enumerate(lines):
+        _dumbbell(axis, y, {s: (c[s], c[f"{s}_low"], c[f"{s}_high"]) for s in ("base", "tuned")})
+        colour, at = {"better": GREEN, "worse": WARN}.get(c["verdict"], BASE), ("axes fraction", "data")
+        axis.annotate(c["verdict"], (1.03, y), xycoords=at, va="center", fontsize=9, color=colour)
+    arrow = {"higher": "(more is better)", "lower": "(less is better)"}
+    _percent_axis(axis, [f"{c['label']}\n{arrow.get(c['direction'], '')}" for c in lines])
+    axis.legend(*_one_each(axis), frameon=False, fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return chart
+
+
+def _one_each(axis: Axes) -> tuple[list, list]:
+    found = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
+
+
+def per_stakeholder(table: pd.DataFrame) -> Any:
+    """Small multiples, one panel per measure, one line per stakeholder; `table` is evaluation.by_stakeholder's."""
+    names, labels = list(dict.fromkeys(table["stakeholder"])), list(dict.fromkeys(table["label"]))
+    worst = table[table["system"] == "tuned"].groupby("stakeholder")["value"].mean()
+    chart, axes = _chart(
+        f"By stakeholder: at most {int(table['n'].max())} prompts each, so single voices are uncertain",
+        f"Lowest tuned average over the panels: {worst.idxmin()}." if len(worst) else "", 1, len(labels),
+        size=(2.2 + 1.9 * len(labels), 3.6), sharey=True)  # fmt: skip
+    for axis, label in zip(axes[0], labels, strict=True):
+        for y, name in enumerate(names):
+            part = table[(table["label"] == label) & (table["stakeholder"] == name)].set_index("system")
+            known = [s for s in ("base", "tuned") if s in part.index]
+            _dumbbell(axis, y, {s: tuple(part.loc[s, ["value", "low", "high"]]) for s in known})
+        axis.set_title(textwrap.fill(label, 17), fontsize=9.5, loc="left", color=INK)
+        _percent_axis(axis, names)
+    chart.get_layout_engine().set(wspace=0.08)
+    chart.legend(*_one_each(axes[0, 0]), loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    return chart
+
+
+def sizes(files: Mapping[str, int]) -> Any:
+    """Horizontal bars of file sizes in MB (10^6 bytes), largest first; `files` maps name to bytes."""
+    ordered = sorted(files.items(), key=lambda f: -f[1])
+    told = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in ordered)
+    (big, most), (small, least) = ordered[0], ordered[-1]
+    title = f"{small} is {least / most:.0%} of {big}" if least < most else "File sizes"
+    chart, axes = _chart(title, told, size=(7, 0.9 + 0.38 * len(ordered)))
+    bars = axes[0, 0].barh([n for n, _ in ordered], [s / 1e6 for _, s in ordered], color=TUNED, height=0.6)
+    told_mb = [f"{s / 1e6:,.{0 if s >= 1e7 else 1}f} MB" for _, s in ordered]
+    axes[0, 0].bar_label(bars, told_mb, padding=4, fontsize=9, color=INK)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xlim(0, most / 1e6 * 1.15)
+    axes[0, 0].set_xlabel("megabytes")
+    return chart
+
+
+def hops(nll: Mapping[str, float]) -> Any:
+    """Mean negative log-likelihood (nats per token) of the same answers under each form of the model, in order."""
+    told = ", ".join(f"{name} {value:.3f}" for name, value in nll.items())
+    drift = max(abs(v - nll["adapter"]) for n, v in nll.items() if n not in ("base", "adapter"))
+    chart, axes = _chart(f"After training, no hop moves the model by more than {drift:.3f} nats", told, size=(7, 2.8))
+    axis, places = axes[0, 0], range(len(nll))
+    axis.plot(places, list(nll.values()), marker="o", lw=2, color=TUNED, clip_on=False)
+    axis.set_xticks(places, list(nll), fontsize=9)
+    axis.set_ylabel("nats per token\n(lower is better)", fontsize=9)
+    axis.set_ylim(0, max(nll.values()) * 1.2)
+    for place, value in zip(places, nll.values(), strict=True):
+        axis.annotate(f"{value:.3f}", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    return chart
+
+
+def panel(texts: Mapping[str, str]) -> str:
+    """HTML: one card per title with its text, which is escaped and keeps its line breaks."""
+    cards = "".join(
+        f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
+        f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
+        f'<div style="white-space:pre-wrap;font-size:90%">{html.escape(text.strip()) or "(nothing)"}</div></section>'
+        for title, text in texts.items()
+    )
+    columns = "repeat(auto-fit,minmax(280px,1fr))"
+    return f'<div style="display:grid;grid-template-columns:{columns};gap:10px">{cards}</div>'
+
+
+def side_by_side(asked: Sequence[Mapping[str, str]]) -> str:
+    """HTML: each prompt, then the base model's answer beside the tuned one's."""
+    return "".join(
+        f'<details style="margin-top:12px"><summary>{html.escape(a["prompt"].strip().splitlines()[0])}</summary>'
+        f'<pre style="white-space:pre-wrap">{html.escape(a["prompt"])}</pre></details>'
+        + panel({"base": a["base"], "tuned": a["tuned"]})
+        for a in asked
+    )
+
+
+def tokens_html(pieces: Sequence[str], mask: Sequence[int]) -> str:
+    """The text of one row as tokens, those the model is trained on (mask 1) green and underlined; HTML is escaped."""
+    spans = []
+    for piece, trained in zip(pieces, mask, strict=True):
+        shown = html.escape(piece).replace("\n", "&#8629;\n")
+        style = "background:#cfeadf;border-bottom:2px solid #007a5a" if trained else "background:#eceef1"
+        spans.append(f'<span style="{style};color:#1b1f24;margin-right:1px;border-radius:2px">{shown}</span>')
+    key = f"{sum(map(bool, mask))} of {len(mask)} tokens are trained on (green, underlined); grey ones are only read."
+    text = f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
+    return f'<figure style="margin:0"><figcaption>{key}</figcaption>{text}</figure>'
+
+
+def emissions_and_share(scenario: Any) -> Any:
+    """A scenario's renewable share of generation (%) and emissions (Mt CO2) over its milestones; gaps stay gaps."""
+    years = [m.year for m in scenario.milestones]
+    share = [math.nan if m.reShare is None else m.reShare for m in scenario.milestones]
+    carbon = [getattr(m.emissions, "total", None) for m in scenario.milestones]
+    carbon = [math.nan if c is None else c for c in carbon]
+    name = f"{scenario.metadata.country}, {scenario.metadata.scenarioName}"
+    points = [f"{y}: {s:g} %, {c:g} Mt CO2" for y, s, c in zip(years, share, carbon, strict=True)]
+    told = "; ".join(points).replace("nan", "unknown")
+    chart, axes = _chart(name, told, 1, 2, size=(7, 2.8))
+    panels = (("renewable share of generation (%)", share, GREEN, 100), ("emissions (Mt CO2)", carbon, WARN, None))
+    for axis, (label, values, colour, top) in zip(axes[0], panels, strict=True):
+        axis.plot(years, values, marker="o", lw=2, color=colour, clip_on=False)
+        axis.set_title(label, fontsize=9.5, loc="left", color=INK, pad=12)
+        axis.set_xticks(years)
+        known = [v for v in values if not math.isnan(v)]
+        axis.set_ylim(0, top or max([*known, 1e-9]) * 1.15)
+        pad = 0.16 * (max(years) - min(years) or 1)
+        axis.set_xlim(min(years) - pad, max(years) + pad)
+        side = -1 if known and known[-1] >= known[0] else 1  # labels go where the line is not
+        where = {"xytext": (5 * side, 5), "ha": "right" if side < 0 else "left", "textcoords": "offset points"}
+        for year, value in zip(years, values, strict=True):
+            if not math.isnan(value):
+                axis.annotate(f"{value:g}", (year, value), fontsize=8, **where)
+    return chart

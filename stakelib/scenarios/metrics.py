@@ -1,0 +1,232 @@
+"""What follows from a scenario: figures with metric, unit and year, only where the data exist.
+
+Every figure is rounded once, to the form in which it is printed; prompts and texts print the same characters.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from importlib.resources import files
+
+from stakelib.scenarios.schema import Scenario, Technologies
+
+# key: (label in the prompt, unit, years shown)
+METRICS: dict[str, tuple[str, str, str]] = {
+    "re_share": ("Renewable Share", "%", "near far end"),
+    "investment": ("Investment", "m$", "near far"),
+    "yearly_investment": ("Yearly Investment", "m$/yr", "near far"),
+    "jobs": ("Jobs Created", "jobs", "near far"),
+    "permanent_jobs": ("Permanent Jobs", "jobs", "near far"),
+    "emission_cut": ("Emissions Reduction", "%", "near far end"),
+    "emissions": ("Emissions", "Mt CO2", "base far"),
+    "peak": ("Peak Demand", "MW", "near far"),
+    "vre_share": ("Solar and Wind Share of Capacity", "%", "near far"),
+    "additions": ("Renewable Additions", "MW/yr", "near far"),
+    "re_capacity": ("Renewable Capacity", "MW", "near far"),
+    "fossil_capacity": ("Fossil Capacity", "MW", "near far"),
+    "hydro": ("Hydro Capacity", "MW", "near far"),
+    "solar": ("Solar PV Capacity", "MW", "near far"),
+    "wind": ("Wind Capacity", "MW", "near far"),
+    "geothermal": ("Geothermal Capacity", "MW", "near far"),
+    "biomass": ("Biomass Capacity", "MW", "near far"),
+    "coal": ("Coal Capacity", "MW", "near far"),
+    "gas": ("Gas Capacity", "MW", "near far"),
+    "diesel": ("Diesel Capacity", "MW", "near far"),
+    "hfo": ("Fuel Oil Capacity", "MW", "near far"),
+    "storage": ("Storage Capacity", "MW", "near far"),
+    "interconnector": ("Interconnector Capacity", "MW", "near far"),
+    "imports": ("Imports", "GWh", "near far"),
+    "land": ("New Land", "ha", "near far"),
+}
+TECH = {"hydro": "hydro", "solar": "solarPV", "wind": "wind", "geothermal": "geothermal", "biomass": "biomass",
+        "coal": "coal", "gas": "gas", "diesel": "diesel", "hfo": "hfo", "interconnector": "interconnector"}
+
+
+@functools.cache
+def factors() -> dict[str, dict[str, float]]:
+    """Factors per technology (see `about` in factors.json for units and sources)."""
+    table = json.loads(files(__package__).joinpath("factors.json").read_text(encoding="utf-8"))
+    return {name: row for name, row in table.items() if isinstance(row, dict)}
+
+
+def round_half_up(value: float, digits: int = 0) -> float:
+    """Round as people do (2.5 -> 3), not to even as Python does."""
+    return float(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def _digits(unit: str, value: float) -> int:
+    if unit == "Mt CO2":
+        return 2 if value < 10 else 1
+    return 1 if unit == "%" or (value < 10 and unit != "jobs") else 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure: `value` in `unit` for `year`, rounded as printed."""
+
+    key: str
+    year: int
+    value: float
+
+    @classmethod
+    def of(cls, key: str, year: int, value: float) -> Metric:
+        return cls(key, year, round_half_up(value, _digits(METRICS[key][1], value)))
+
+    @property
+    def label(self) -> str:
+        return METRICS[self.key][0]
+
+    @property
+    def unit(self) -> str:
+        return METRICS[self.key][1]
+
+    @property
+    def number(self) -> str:
+        whole = self.value == int(self.value) and self.unit not in ("%", "Mt CO2")
+        digits = 0 if whole else _digits(self.unit, self.value)
+        return f"{self.value:,.{digits}f}"
+
+    def __str__(self) -> str:
+        if self.unit == "%":
+            return f"{self.number}%"
+        if self.unit == "jobs":
+            return self.number
+        if self.unit.startswith("m$"):
+            return f"${self.number}M USD" + (" per year" if self.unit.endswith("/yr") else "")
+        return f"{self.number} {self.unit.replace('/yr', ' per year')}"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All figures of a scenario. `slots`: which year is base, near (about 2030), far (about 2040) and end."""
+
+    slots: dict[str, int]
+    figures: dict[tuple[str, int], Metric]
+
+    def get(self, key: str, slot: str) -> Metric | None:
+        """The figure of `key` for a slot ("near") of this scenario, or None when unknown."""
+        return self.figures.get((key, self.slots.get(slot, -1)))
+
+    def shown(self) -> list[Metric]:
+        """The figures that a prompt prints, in order; a technology that stays at zero is left out."""
+        found = []
+        for key, (_, _, when) in METRICS.items():
+            years = sorted({self.slots[s] for s in when.split() if s in self.slots})
+            rows = [self.figures[key, y] for y in years if (key, y) in self.figures]
+            found += rows if key not in TECH or any(m.value for m in rows) else []
+        return found
+
+
+def slots(scenario: Scenario) -> dict[str, int]:
+    """Base = first milestone; near and far = the later milestones closest to 2030 and 2040; end = last."""
+    years = [m.year for m in scenario.milestones]
+    named = {"base": years[0]}
+    if later := years[1:]:
+        named["near"] = min(later, key=lambda y: abs(y - 2030))
+        if after := [y for y in later if y > named["near"]]:
+            named["far"] = min(after, key=lambda y: abs(y - 2040))
+            named["end"] = years[-1]
+    else:
+        named["near"] = years[0]
+    return named
+
+
+def derive_metrics(scenario: Scenario) -> Metrics:
+    """Figures of every milestone, each with unit and year; what the data do not hold is absent.
+
+    Jobs count capacity built since the first milestone: job-years of construction spread over the years since the
+    milestone before, plus permanent posts. Land: new solar, wind and battery sites. Yearly investment: the
+    difference of cumulative values. Emissions reduction and additions: against the first and the previous milestone.
+    """
+    found: dict[tuple[str, int], Metric] = {}
+    for index, milestone in enumerate(scenario.milestones):
+        raw = {**_stated(scenario, index), **_from_fleet(scenario, index)}
+        for key, value in raw.items():
+            if value is not None:
+                found[key, milestone.year] = Metric.of(key, milestone.year, value)
+    return Metrics(slots(scenario), found)
+
+
+def _stated(scenario: Scenario, index: int) -> dict[str, float | None]:
+    m, first = scenario.milestones[index], scenario.milestones[0]
+    mix = m.capacity.total if m.capacity else None
+    out = {
+        "re_share": m.reShare,
+        "investment": m.investment.cumulative if m.investment else None,
+        "emissions": m.emissions.total if m.emissions else None,
+        "peak": m.peakDemand.value if m.peakDemand else None,
+        "storage": mix.storage if mix else None,
+        "imports": m.imports.value if m.imports else None,
+        "additions": m.capacityAdditions.additions.renewables if m.capacityAdditions and index else None,
+    }
+    if mix and scenario.detailedTech is None:
+        out |= {"re_capacity": mix.renewables, "fossil_capacity": mix.fossil}
+    if index:
+        before = scenario.milestones[index - 1]
+        if m.investment and before.investment and m.investment.cumulative >= before.investment.cumulative:
+            span = m.year - before.year
+            out["yearly_investment"] = (m.investment.cumulative - before.investment.cumulative) / span
+        if m.emissions and first.emissions and first.emissions.total > 0:
+            cut = 100 * (1 - m.emissions.total / first.emissions.total)
+            out["emission_cut"] = cut if cut >= 0 else None
+    return out
+
+
+def _from_fleet(scenario: Scenario, index: int) -> dict[str, float | None]:
+    table, m = scenario.detailedTech or {}, scenario.milestones[index]
+    fleet, first = table.get(m.year), table.get(scenario.milestones[0].year)
+    if fleet is None:
+        return {}
+    out: dict[str, float | None] = {key: getattr(fleet, name) for key, name in TECH.items()}
+    installed = sum(v for _, v in fleet if v)
+    if installed and fleet.solarPV is not None and fleet.wind is not None:
+        out["vre_share"] = 100 * (fleet.solarPV + fleet.wind) / installed
+    before = table.get(scenario.milestones[index - 1].year) if index else None
+    if first is not None and before is not None:
+        posts = sum(mw * f["permanent"] for mw, f in _built(first, fleet))
+        building = sum(mw * f["construction"] for mw, f in _built(before, fleet))
+        span = m.year - scenario.milestones[index - 1].year
+        out |= {"jobs": building / span + posts, "permanent_jobs": posts}
+        out["land"] = sum(mw * f.get("land", 0) for mw, f in _built(first, fleet))
+    return out
+
+
+def _built(before: Technologies, now: Technologies) -> list[tuple[float, dict[str, float]]]:
+    """(MW added, factors) per technology that both years give and that has factors."""
+    pairs = ((getattr(before, name), getattr(now, name), row) for name, row in factors().items())
+    return [(b - a, row) for a, b, row in pairs if a is not None and b is not None and b > a]
+
+
+# relative measures for rules: name -> (figure, what it is divided by)
+RATIOS = {"storage_per_vre": ("storage", "vre"), "investment_per_peak": ("investment", "peak"),
+          "jobs_per_peak": ("jobs", "peak"), "land_per_peak": ("land", "peak"), "gas_per_peak": ("gas", "peak"),
+          "additions_per_peak": ("additions", "peak"), "interconnector_per_peak": ("interconnector", "peak"),
+          "hydro_per_peak": ("hydro", "peak"), "oil_per_peak": ("oil", "peak"),
+          "posts_per_job": ("permanent_jobs", "jobs")}
+
+
+def ratios(metrics: Metrics) -> dict[str, float]:
+    """Figures and relative measures for rules, named like `re_share.near`, `storage_per_vre.far`, `peak.growth`.
+
+    `change` is far minus near, `growth` far over near, `rise` far over base. Never printed, so never cited.
+    """
+    out: dict[str, float] = {}
+    for slot in ("base", "near", "far", "end"):
+        value = {key: m.value for key in METRICS if (m := metrics.get(key, slot))}
+        if "solar" in value and "wind" in value:
+            value["vre"] = value["solar"] + value["wind"]
+        if "diesel" in value and "hfo" in value:
+            value["oil"] = value["diesel"] + value["hfo"]
+        out |= {f"{key}.{slot}": number for key, number in value.items()}
+        out |= {f"{name}.{slot}": value[key] / value[by] for name, (key, by) in RATIOS.items()
+                if key in value and value.get(by)}
+    for key in {*METRICS, *RATIOS}:
+        base, near, far = (out.get(f"{key}.{slot}") for slot in ("base", "near", "far"))
+        if far is None:
+            continue
+        out |= {f"{key}.change": far - near, f"{key}.growth": far / near} if near else {}
+        out |= {f"{key}.rise": far / base} if base else {}
+    return out

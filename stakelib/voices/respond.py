@@ -1,0 +1,227 @@
+"""From a scenario to one stakeholder's response: choose what applies, then choose the words."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jinja2
+from pydantic import BaseModel
+
+from stakelib.run import CourseError
+from stakelib.scenarios import Metric, Scenario, country_profile, derive_metrics, scenario_id
+from stakelib.scenarios.metrics import METRICS, ratios
+from stakelib.voices.profiles import (
+    CONTEXTS,
+    STAKEHOLDERS,
+    TEMPLATES,
+    VARIANTS,
+    ConcernPoint,
+    Point,
+    Profile,
+    context_bars,
+    margin,
+)
+
+MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
+# variant -> how many (appreciations, concerns): the cautious dwell on risks
+COUNTS = {"conservative": (2, 3), "pragmatic": (2, 2), "progressive": (3, 2)}
+
+
+class Fact(BaseModel):
+    """A figure that a response used."""
+
+    metric: str
+    year: int
+    unit: str
+    value: float
+
+
+class Concern(BaseModel):
+    text: str
+    explanation: str
+    metric: str
+    severity: Literal["low", "medium", "high"]
+
+
+class Response(BaseModel):
+    """The Scenario Dialogue Tool's fields, and the figures used."""
+
+    initialReaction: str
+    appreciation: list[str]
+    concerns: list[Concern]
+    questions: list[str]
+    engagementAdvice: list[str]
+    facts: list[Fact]
+
+
+class _Figure:
+    """A metric inside a template: notes that it was printed."""
+
+    def __init__(self, metric: Metric, printed: list[Metric]) -> None:
+        self._metric, self._printed = metric, printed
+
+    def __str__(self) -> str:
+        self._printed.append(self._metric)
+        return str(self._metric)
+
+    @property
+    def number(self) -> str:
+        self._printed.append(self._metric)
+        return self._metric.number
+
+    @property
+    def year(self) -> int:
+        return self._metric.year
+
+    @property
+    def by(self) -> str:
+        return f"{self} by {self.year}"
+
+    @property
+    def at(self) -> str:
+        return f"{self} in {self.year}"
+
+
+class _Speaker:
+    """One response in the making: the scenario's figures, the bars of this stance, and the dice."""
+
+    def __init__(self, scenario: Scenario, profile: Profile, context: str, variant: str, seed: int) -> None:
+        self.profile, self.variant, self.context = profile, variant, context
+        self.rng = random.Random(f"{seed}|{scenario_id(scenario)}|{profile.id}|{context}|{variant}")
+        metrics = derive_metrics(scenario)
+        shown = metrics.shown()
+        place = country_profile(scenario.metadata.country)
+        self.values: dict[str, Any] = ratios(metrics)
+        self.values |= {f"no {key}": True for key in METRICS if key not in {m.key for m in shown}}
+        self.values |= {"island": place.get("island"), "mainland": place.get("island") is False,
+                        "pool": bool(place), "no pool": not place}
+        self.printed: list[Metric] = []
+        self.words: dict[str, Any] = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
+        self.words |= {"pool": place["pool"]} if place else {}
+        slot_of = {year: slot for slot, year in reversed(list(metrics.slots.items()))}
+        for m in shown:
+            self.words.setdefault(m.key, {})[slot_of[m.year]] = _Figure(m, self.printed)
+        for slot in ("near", "far", "end"):  # one year may have two names
+            year = metrics.slots.get(slot)
+            for m in (m for m in shown if m.year == year):
+                self.words[m.key][slot] = _Figure(m, self.printed)
+
+    def say(self, phrases: Sequence[str]) -> str | None:
+        """One of the phrasings whose figures are all known, or None."""
+        for phrase in self.rng.sample(list(phrases), len(phrases)):
+            mark = len(self.printed)
+            try:
+                return _template(phrase).render(self.words)
+            except jinja2.UndefinedError:
+                del self.printed[mark:]
+        return None
+
+    def factor(self, kind: str) -> Callable[[str], float]:
+        """The product of stance and context on a metric's bar."""
+        bars = [context_bars()[self.context]]
+        bars += [self.profile.bars[self.variant]] if self.variant in self.profile.bars else []
+        return lambda key: _product(getattr(b, kind).get(key, 1.0) for b in bars)
+
+    def rank(self, points: Iterable[Any], kind: str, avoid: set[str]) -> list[tuple[Any, float]]:
+        """Points that apply, strongest first, each with its margin; those without a condition come last."""
+        found = []
+        for point in points:
+            if getattr(point, "only", None) and self.variant not in point.only:
+                continue
+            margins = [margin(c, self.values, self.factor(kind)) for c in point.when]
+            if None in margins:
+                continue
+            size = min((m for m in margins if m is not None), default=0.0)
+            weight = (min(size, 1.0) + self.rng.random()) if point.when else self.rng.random() - 2
+            found.append((weight - (1.0 if _topic(point) in avoid else 0.0), size, point))
+        found.sort(key=lambda row: -row[0])
+        return [(point, size) for _, size, point in found]
+
+    def pick(self, points: Sequence[Point], kind: str, count: int) -> tuple[list[str], set[str]]:
+        """`count` sentences on different topics, and the topics."""
+        texts: list[str] = []
+        topics: set[str] = set()
+        for point, _ in self.rank(points, kind, set()):
+            if len(texts) == count or _topic(point) in topics:
+                continue
+            if (text := self.say(point.say)) and text not in texts:
+                texts.append(text)
+                topics.add(_topic(point))
+        return texts, topics
+
+    def worries(self, count: int, avoid: set[str]) -> list[Concern]:
+        chosen: list[Concern] = []
+        for point, size in self.rank(self.profile.concerns, "concerns", avoid):
+            if len(chosen) == count or (point.when and any(c.metric == point.metric for c in chosen)):
+                continue
+            mark = len(self.printed)
+            text, why = self.say(point.text), self.say(point.why)
+            if text is None or why is None:
+                del self.printed[mark:]
+                continue
+            severity = "low" if not point.when else "high" if size > 0.5 else "medium" if size > 0.2 else "low"
+            chosen.append(Concern(text=text, explanation=why, metric=point.metric, severity=severity))
+        order = {"high": 0, "medium": 1, "low": 2}
+        return sorted(chosen, key=lambda c: order[c.severity])
+
+    def reaction(self, worries: list[Concern]) -> str:
+        """Opening by stance, then the balance of the response, then (sometimes) the country's situation."""
+        weight = sum({"high": 2, "medium": 1, "low": 0}[c.severity] for c in worries)
+        balance = "worried" if weight >= 4 else "mixed" if weight >= 1 else "good"
+        slots = [self.profile.openers[self.variant], self.profile.verdicts[balance]]
+        if self.rng.random() < 0.7 or self.context != "emerging":
+            slots.append(self.profile.contexts[self.context])
+        return " ".join(text for phrases in slots if (text := self.say(phrases)))
+
+
+@functools.cache
+def _template(phrase: str) -> jinja2.Template:
+    return TEMPLATES.from_string(phrase)
+
+
+def _product(numbers: Iterable[float]) -> float:
+    out = 1.0
+    for number in numbers:
+        out *= number
+    return out
+
+
+def _topic(point: Any) -> str:
+    """What a point is about: the metric of its first condition."""
+    if isinstance(point, ConcernPoint):
+        return point.metric
+    return point.when[0].split(".")[0] if point.when else point.say[0]
+
+
+def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", variant: str = "pragmatic",
+            seed: int = 0) -> Response:
+    """What `stakeholder` (an id such as "finance") says about `scenario`; the same for the same arguments.
+
+    `context`: least-developed, emerging or developed; `variant`: conservative, pragmatic or progressive. States
+    only what the scenario's figures hold, and asks about what is missing. Raises CourseError for unknown names.
+    """
+    known = {"stakeholder": (stakeholder, tuple(STAKEHOLDERS)), "context": (context, CONTEXTS),
+             "variant": (variant, VARIANTS)}
+    if bad := [f"{what} {name!r} is not one of {', '.join(names)}" for what, (name, names) in known.items()
+               if name not in names]:
+        raise CourseError(bad, "use one of the names above.")
+    turns = [_once(scenario, STAKEHOLDERS[stakeholder], context, variant, seed)]
+    while len(turns[-1].facts) < MIN_FACTS and len(turns) < 8:  # vague words came up: choose others
+        turns.append(_once(scenario, STAKEHOLDERS[stakeholder], context, variant, seed + 7919 * len(turns)))
+    return max(turns, key=lambda r: min(len(r.facts), MIN_FACTS))
+
+
+def _once(scenario: Scenario, profile: Profile, context: str, variant: str, seed: int) -> Response:
+    speaker = _Speaker(scenario, profile, context, variant, seed)
+    good, bad = COUNTS[variant]
+    praise, topics = speaker.pick(profile.appreciation, "praise", good)
+    worries = speaker.worries(bad, topics)
+    reaction = speaker.reaction(worries)
+    questions, _ = speaker.pick(profile.questions, "concerns", 3)
+    advice, _ = speaker.pick(profile.advice, "praise", 2)
+    facts = {(m.key, m.year): Fact(metric=m.label, year=m.year, unit=m.unit, value=m.value) for m in speaker.printed}
+    return Response(initialReaction=reaction, appreciation=praise, concerns=worries, questions=questions,
+                    engagementAdvice=advice, facts=list(facts.values()))

@@ -1,0 +1,254 @@
+"""Rows: the mix, the split, every gate with a planted error, the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stakelib.dialogues import GUIDE_MIX, Dialogue, build, check, guide_test_prompts, mix_for, read, split, write
+from stakelib.dialogues.numbers import mentions
+from stakelib.run import CourseError
+from stakelib.scenarios import sample
+from stakelib.voices import STAKEHOLDERS
+
+SCENARIOS = sample(60, seed=0)
+ROWS = split(build(SCENARIOS))
+
+
+class WordTokenizer:
+    """Counts words: enough to test the length gate without a model."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+
+def planted(row: Dialogue, **changes: str) -> list[Dialogue]:
+    return [row.model_copy(update=changes)]
+
+
+def cited(unit: str) -> tuple[Dialogue, str]:
+    """A row and a figure of its completion in `unit`, as printed."""
+    for row in ROWS:
+        for m in mentions(row.completion):
+            if m.unit == unit and m.year and m.metric and row.completion.count(m.text) == 1:
+                return row, m.text
+    raise AssertionError(unit)
+
+
+def test_the_guides_500_rows() -> None:
+    assert sum(GUIDE_MIX.values()) == 500 == len(ROWS)
+    assert Counter(r.stakeholder_id for r in ROWS) == GUIDE_MIX
+    assert {v for r in ROWS for v in [r.variant]} == {"conservative", "pragmatic", "progressive"}
+    assert min(Counter(r.context for r in ROWS).values()) > 60
+
+
+@pytest.mark.parametrize("total", [9, 45, 100, 499])
+def test_smaller_mixes_scale(total: int) -> None:
+    mix = mix_for(total)
+    assert sum(mix.values()) == total and min(mix.values()) >= 1
+    assert max(mix.values()) == mix["policy-makers"]
+    assert len(build(SCENARIOS[:6], mix=total)) == total
+
+
+def test_ids_and_rows_are_stable() -> None:
+    again = split(build(sample(60, seed=0)))
+    assert [r.model_dump() for r in again] == [r.model_dump() for r in ROWS]
+    assert [r.completion for r in build(SCENARIOS, seed=1)] != [r.completion for r in build(SCENARIOS)]
+    assert len({r.id for r in ROWS}) == 500
+    some = build(SCENARIOS, mix={"public": 10})
+    assert {r.id for r in some} <= {r.id for r in ROWS}
+
+
+def test_build_refuses_unknown_groups_and_nothing() -> None:
+    with pytest.raises(CourseError) as caught:
+        build([], mix={"financial": 3})
+    assert len(caught.value.problems) == 2
+
+
+def test_split_holds_out_countries() -> None:
+    countries = {name: {r.country for r in ROWS if r.split == name} for name in ("train", "valid", "test")}
+    scenarios = {name: {r.scenario_id for r in ROWS if r.split == name} for name in ("train", "valid", "test")}
+    assert not countries["test"] & (countries["train"] | countries["valid"])
+    assert not scenarios["train"] & scenarios["valid"]
+    assert 10 <= len(scenarios["test"]) <= 12 and 4 <= len(scenarios["valid"]) <= 6
+    assert {r.stakeholder_id for r in ROWS if r.split == "test"} == set(STAKEHOLDERS)
+    assert [r.split for r in split(ROWS, seed=1)] != [r.split for r in ROWS]
+
+
+@pytest.mark.parametrize("n", [3, 4, 6, 9, 15, 30])
+def test_small_sets_split_too(n: int) -> None:
+    rows = split(build(sample(n, seed=n), mix=9 * n))
+    assert {r.split for r in rows} == {"train", "valid", "test"}
+    assert sum(g["failures"] for g in check(rows)) == 0
+
+
+def test_too_little_to_split() -> None:
+    with pytest.raises(CourseError, match="too few"):
+        split(build(SCENARIOS[:1], mix=9))
+
+
+def test_all_gates_pass_on_the_default_rows() -> None:
+    table = check(ROWS, WordTokenizer())
+    assert len(table) == 9 and all(g["failures"] == 0 and g["rows"] == 500 for g in table)
+    assert len(check(ROWS)) == 8
+    words = [len(r.completion.split()) for r in ROWS]
+    assert 140 <= sum(words) / len(words) <= 200
+    assert max(words) * 1.8 <= 400  # SmolLM2 needs at most 1.7 tokens a word here
+
+
+def test_wrong_number_year_unit_and_metric_are_caught() -> None:
+    row, text = cited("%")
+    changed = str(round(float(text.rstrip("%")) + 0.7, 1)) + "%"
+    with pytest.raises(CourseError, match="not in the prompt"):
+        check(planted(row, completion=row.completion.replace(text, changed)))
+    row, text = cited("m$")
+    with pytest.raises(CourseError, match="wrong unit"):
+        check(planted(row, completion=row.completion.replace(text, text.replace("$", "").replace("M USD", " MW"))))
+    row = next(r for r in ROWS if re.search(r"\d MW by 2030", r.completion))
+    with pytest.raises(CourseError, match="wrong year"):
+        check(planted(row, completion=re.sub(r"(\d MW by )2030", r"\g<1>2040", row.completion, count=1)))
+    row = next(r for r in ROWS if " jobs in 20" in r.completion and "permanent" not in r.completion)
+    with pytest.raises(CourseError, match="wrong metric"):
+        check(planted(row, completion=row.completion.replace(" jobs in 20", " permanent jobs in 20")))
+
+
+ROW = ROWS[0]
+ITEM = ROW.completion.split("**Questions**:\n")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"completion": ROW.completion.replace("**Concerns**:", "**Worries**:")}, "five sections"),
+        ({"completion": ROW.completion + "\n**Questions**:\n- And why?"}, "five sections"),
+        ({"completion": ROW.completion.replace(ITEM + "\n", "")}, "2 items under Questions"),
+        ({"completion": ROW.completion.replace(ITEM, "- We like that question.")}, "not a question"),
+        ({"completion": re.sub(r"- \[(?:low|medium|high)\] ", "- ", ROW.completion, count=1)}, "without severity"),
+        ({"prompt": ROW.prompt.replace("Stakeholder Stance", "Stance")}, "lacks its variant"),
+        ({"prompt": ROW.prompt.replace("- Development Context", "- Context")}, "lacks its context"),
+        ({"prompt": ROW.prompt.replace("energy security, ", "")}, "lacks its priorities"),
+        ({"completion": ROW.completion + "<end_of_turn>"}, "control-token"),
+        ({"prompt": ROW.prompt.replace("- Scenario: ", "- Scenario: <|im_start|>")}, "control-token"),
+        (
+            {"completion": ROW.completion.replace("**Questions**", "- [low] Tariffs: too high.\n\n**Questions**")},
+            "banned term",
+        ),
+        (
+            {"completion": ROW.completion.replace("**Questions**", "- [low] Nuclear: too slow.\n\n**Questions**")},
+            "'nuclear' without data",
+        ),
+        (
+            {"completion": ROW.completion.replace("**Questions**", "- [low] Power: by 2047.\n\n**Questions**")},
+            "year 2047",
+        ),
+        ({"completion": ROW.completion.replace(ITEM, ITEM + " word" * 400)}, "tokens, limit 400"),
+        ({"prompt": ROW.prompt + " word" * 1500}, "tokens, limit 1536"),
+    ],
+)
+def test_planted_errors_are_caught(changes: dict[str, str], said: str) -> None:
+    check([ROW], WordTokenizer())
+    bad = planted(ROW, **changes)
+    assert bad[0] != ROW
+    with pytest.raises(CourseError, match=re.escape(said)) as caught:
+        check(bad, WordTokenizer())
+    assert ROW.id in caught.value.problems[0]
+
+
+def test_facts_gate() -> None:
+    row = next(r for r in ROWS if len(r.facts) > 2)
+    with pytest.raises(CourseError, match="not among the row's facts"):
+        check([row.model_copy(update={"facts": []})])
+
+
+def test_duplicates_and_leakage() -> None:
+    with pytest.raises(CourseError, match="same completion"):
+        check([ROW, ROW.model_copy(update={"id": "other"})])
+    with pytest.raises(CourseError, match="same id"):
+        check([ROWS[0], ROWS[1].model_copy(update={"id": ROWS[0].id})])
+    train, test = (next(r for r in ROWS if r.split == name) for name in ("train", "test"))
+    with pytest.raises(CourseError, match="scenario in"):
+        check(
+            [
+                train,
+                next(r for r in ROWS if r.scenario_id == train.scenario_id and r.id != train.id).model_copy(
+                    update={"split": "valid"}
+                ),
+            ]
+        )
+    with pytest.raises(CourseError, match="test country also in"):
+        check(
+            [
+                train,
+                test.model_copy(
+                    update={
+                        "country": train.country,
+                        "prompt": test.prompt.replace(f"- Country: {test.country}", f"- Country: {train.country}"),
+                    }
+                ),
+            ]
+        )
+    with pytest.raises(CourseError, match="no rows"):
+        check([])
+
+
+def test_check_lists_all_failing_rows() -> None:
+    bad = [r.model_copy(update={"completion": r.completion + "</s>"}) for r in ROWS[:7]]
+    with pytest.raises(CourseError) as caught:
+        check(bad)
+    assert {p.split(": ")[0] for p in caught.value.problems} == {r.id for r in bad}
+
+
+def test_files(tmp_path: Path) -> None:
+    rows = ROWS[:40] + [r for r in ROWS if r.split == "valid"][:5]
+    rows = list({r.id: r for r in rows}.values())
+    write(rows, tmp_path, lambda prompt, completion: f"<u>{prompt}<m>{completion}")
+    first = json.loads((tmp_path / "stakeholder_dialogues.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    assert list(first) == [
+        "id",
+        "prompt",
+        "completion",
+        "stakeholder",
+        "stakeholder_id",
+        "scenario",
+        "scenario_id",
+        "country",
+        "context",
+        "variant",
+        "task",
+        "facts",
+        "source",
+        "split",
+    ]
+    assert list(first["facts"][0]) == ["metric", "year", "unit", "value"]
+    assert read(tmp_path / "stakeholder_dialogues.jsonl") == rows
+    for name in ("train", "valid", "test"):
+        part = [r for r in rows if r.split == name]
+        assert read(tmp_path / f"{name}.jsonl") == part
+        lines = (tmp_path / "mlx" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(x) for x in lines] == [{"prompt": r.prompt, "completion": r.completion} for r in part]
+    from datasets import load_from_disk
+
+    data = load_from_disk(str(tmp_path / "stakeholder_hf_dataset"))
+    assert data["train"].num_rows == sum(r.split == "train" for r in rows)
+    assert data["train"][0]["text"].startswith("<u>You are simulating a ")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_read_names_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROW.model_dump_json() + '\n{"id": 1}\nnot json\n', encoding="utf-8")
+    with pytest.raises(CourseError) as caught:
+        read(path)
+    assert {p.split(":")[1] for p in caught.value.problems} == {"2", "3"}
+
+
+def test_guide_test_prompts() -> None:
+    prompts = guide_test_prompts()
+    assert list(prompts) == ["policy-makers", "grid-operators", "finance"]
+    assert "Tanzania" in prompts["policy-makers"] and "60% solar by 2030" in prompts["grid-operators"]
+    assert "[scenario details]" not in prompts["finance"] and "- Renewable Share 2030:" in prompts["finance"]
+    assert prompts == guide_test_prompts()

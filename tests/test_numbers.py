@@ -1,0 +1,143 @@
+"""The number matcher: what is a figure, and when it is not the prompt's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stakelib.dialogues.numbers import mentions, ungrounded
+from stakelib.scenarios import Metric
+from stakelib.scenarios.metrics import METRICS
+
+PROMPT = """**Scenario Context**:
+- Country: Kenya
+- Scenario: 50% Wind Path 2035
+- Renewable Share 2030: 64.2%
+- Renewable Share 2040: 82.1%
+- Investment: $2,850M USD by 2030, $7,840M USD by 2040
+- Yearly Investment: $533M USD per year (2030)
+- Jobs Created: 10,645 (2030), 12,000 (2040)
+- Permanent Jobs: 435 (2030)
+- Emissions Reduction: 35.8% (2030)
+- Emissions: 2.15 Mt CO2 (2025), 0.58 Mt CO2 (2040)
+- Solar and Wind Share of Capacity: 39.5% (2030)
+- Peak Demand: 1,020 MW (2030)
+- Solar PV Capacity: 385 MW (2030), 920 MW (2040)
+- Wind Capacity: 180 MW (2030), 380 MW (2040)
+- Storage Capacity: 120 MW (2030)
+- New Land: 836 ha (2030)
+- Renewable Additions: 105 MW per year (2030)
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Renewables reach 64.2% by 2030 and 82.1% by 2040.",
+        "By 2030 we build 385 MW of solar and 180 MW of wind.",
+        "$2.85 billion by 2030 buys 10,645 jobs in 2030.",
+        "A renewable share of sixty-four percent in 2030.",
+        "Emissions fall by 35.8% by 2030.",
+        "836 hectares of land",
+        "Solar capacity of 0.385 GW in 2030",
+        "Yearly investment of $533M USD per year to 2030 is high.",
+        "About 10,600 jobs in 2030",
+        "2,150 kt CO2 in 2025",
+        "Storage of 120 MW stands against 385 MW of solar in 2030.",
+        "Renewable additions of 105 MW a year",
+        "The renewable share climbs from 64.2% in 2030 to 82.1% in 2040.",
+        "435 permanent jobs stay.",
+        "Investment of 2,850 million USD by 2030",
+        "solar and wind make 39.5% of capacity in 2030",
+        "We back 50% Wind Path 2035 with 64% renewables.",
+    ],
+)
+def test_grounded(text: str) -> None:
+    assert mentions(text)
+    assert ungrounded(text, PROMPT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Renewables reach 64.2% by 2040.", "wrong year"),
+        ("Renewables reach 65.2% by 2030.", "not in the prompt"),
+        ("By 2030 we build 180 MW of solar.", "wrong metric"),
+        ("64.2 MW of wind", "wrong unit"),
+        ("Emissions fall by 64.2% by 2030.", "wrong metric"),
+        ("two thirds of the power", "not in the prompt"),
+        ("half of the capacity", "not in the prompt"),
+        ("emissions double", "not in the prompt"),
+        ("seventy percent renewables", "not in the prompt"),
+        ("investment of $2,850M USD per year", "wrong unit"),
+        ("10,645 permanent jobs in 2030", "wrong metric"),
+        ("105 MW of wind", "wrong unit"),
+        ("1,020 MW of storage", "wrong metric"),
+        ("three new coal plants", "not in the prompt"),
+        ("fifteen years", "not in the prompt"),
+        ("25 GWh", "not in the prompt"),
+        ("$500 million", "not in the prompt"),
+        ("120 GW of storage", "not in the prompt"),
+        ("we want 40 plants", "wrong unit"),
+        ("a dozen plants", "not in the prompt"),
+        ("1,000 jobs", "not in the prompt"),
+        ("solar of 385 MW in 2040", "wrong year"),
+        ("$28.5 billion", "not in the prompt"),
+        ("50% of our members agree", "not in the prompt"),
+        ("one in 836 ha of storage costs 533", "wrong unit"),
+        ("between 300 and 385 MW of solar", "not in the prompt"),
+        ("emissions tripled", "not in the prompt"),
+    ],
+)
+def test_not_grounded(text: str, reason: str) -> None:
+    assert reason in [miss.reason for miss in ungrounded(text, PROMPT)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Supply 24/7 under SDG7, SDG 7, N-1 and CASA-1000.",
+        "CO2 and 1.5 °C",
+        "By 2030 and in the 2040s.",
+        "1. First point",
+        "One day, one of us asked two key questions.",
+        "on the one hand",
+        "COP28 and Article 6",
+        "second-hand, first, half-hearted",
+    ],
+)
+def test_idioms_and_names_are_no_figures(text: str) -> None:
+    assert mentions(text) == []
+
+
+def test_reads_prompt_lines() -> None:
+    found = [(m.value, m.unit, m.metric, m.year) for m in mentions(PROMPT)]
+    assert (10645.0, "jobs", "jobs", 2030) in found and (435.0, "jobs", "permanent_jobs", 2030) in found
+    assert (7840.0, "m$", "investment", 2040) in found and (533.0, "m$/yr", "yearly_investment", 2030) in found
+    assert (105.0, "MW/yr", "additions", 2030) in found and (2.15, "Mt CO2", "emissions", 2025) in found
+
+
+CITABLE = [k for k in METRICS if k != "imports"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(CITABLE), value=st.floats(12, 90), year=st.sampled_from([2030, 2040]))
+def test_every_metric_round_trips_and_its_neighbours_do_not(key: str, value: float, year: int) -> None:
+    metric = Metric.of(key, year, value)
+    line = f"- {metric.label}: {metric} ({year})"
+    read = mentions(line)
+    assert [(m.value, m.unit, m.metric, m.year) for m in read] == [(metric.value, metric.unit, key, year)]
+    noun = {"jobs": " jobs", "permanent_jobs": " permanent jobs"}.get(key, "")
+    assert ungrounded(f"{metric.label} of {metric}{noun} in {year}", line) == []
+    other = Metric.of(key, year, value + 1.5)
+    assert ungrounded(f"{metric.label} of {other}{noun} in {year}", line)[0].reason == "not in the prompt"
+    assert ungrounded(f"{metric.label} of {metric}{noun} in {year + 5}", line)[0].reason == "wrong year"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=300))
+def test_never_fails_on_any_text(text: str) -> None:
+    for m in mentions(text):
+        assert text[m.start : m.end].strip() == m.text.strip() or m.text
+    assert ungrounded(text, text) == [] or all(m.reason for m in ungrounded(text, text))

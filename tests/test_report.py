@@ -1,0 +1,183 @@
+"""The report: self-contained, escaped, and never louder than its numbers. The figures: right titles, right marks."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from test_evaluation import GOOD, PROMPT, answer, row
+
+from stakelib import plots
+from stakelib.evaluation import compare, report, score
+from stakelib.evaluation.report import faults, finite, marked, verdict, worst
+
+HOSTILE = '<script>alert(1)</script><img src=http://evil.example/x onerror="alert(1)"> {{ 7*7 }} $x^$'
+WHO = ["Grid Operators", "Public & Communities"]
+
+
+def material(name: str = "Wind first") -> tuple[list[dict], list[dict]]:
+    rows = [
+        row(i, f"s{i // 2}", stakeholder=WHO[i % 2], scenario=name, prompt=PROMPT.replace("Wind first", name))
+        for i in range(12)
+    ]
+    said = [answer("" if i else HOSTILE, i, "base", stopped=False) for i in range(12)]
+    said += [answer(GOOD.replace("64.2%", "99.9%") if i == 3 else GOOD, i, "tuned") for i in range(12)]
+    return rows, said
+
+
+def make(folder: Path, name: str = "Wind first") -> tuple[str, dict, pd.DataFrame]:
+    record = {"stages": {"train": {"seconds": 61.0, "peak_mb": 900, "outputs": {"adapter": {"bytes": 2_000_000}}}}}
+    run = SimpleNamespace(
+        profile=SimpleNamespace(name="quick", model="tiny"), record=record, path=lambda *p: folder.joinpath(*p)
+    )
+    rows, said = material(name)
+    scores = score(rows, said)
+    guide = [{"prompt": HOSTILE, "base": HOSTILE, "tuned": GOOD}]
+    page = report(run, scores, compare(scores), rows, said, guide).read_text(encoding="utf-8")
+    return page, json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8")), scores
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, pd.DataFrame]:
+    return make(tmp_path_factory.mktemp("run"), HOSTILE)
+
+
+def test_hostile_names_do_nothing(made: tuple) -> None:
+    tags = Tags(made[0]).seen
+    assert not {"script", "iframe", "object", "embed"} & {t for t, _ in tags}
+    assert not [a for _, attrs in tags for a in attrs if a.startswith("on")]
+    assert "&lt;script&gt;alert(1)" in made[0] and "{{ 7*7 }}" in made[0]
+
+
+def test_nothing_is_loaded_from_anywhere(made: tuple) -> None:
+    loads = [
+        v
+        for _, attrs in Tags(made[0]).seen
+        for k, v in attrs.items()
+        if k in ("src", "srcset", "data", "action", "poster")
+    ]
+    links = [attrs["href"] for _, attrs in Tags(made[0]).seen if "href" in attrs]
+    assert len(loads) == 2 and all(v.startswith("data:image/svg+xml;base64,") for v in loads)
+    assert all(v.startswith("#") for v in links) and "url(" not in made[0] and "@import" not in made[0]
+
+
+def test_the_page_is_accessible(made: tuple) -> None:
+    tags = Tags(made[0]).seen
+    assert ("html", {"lang": "en"}) in tags
+    levels = [int(t[1]) for t, _ in tags if re.fullmatch("h[1-6]", t)]
+    assert (
+        levels[0] == 1
+        and levels.count(1) == 1
+        and all(b - a <= 1 for a, b in zip(levels[:40], levels[1:40], strict=False))
+    )
+    assert all(len(attrs.get("alt", "")) > 30 for t, attrs in tags if t == "img")
+    assert sum(t == "caption" for t, _ in tags) == sum(t == "table" for t, _ in tags) == 2
+    ids = {attrs["id"] for _, attrs in tags if "id" in attrs}
+    assert {attrs["href"][1:] for _, attrs in tags if "href" in attrs} <= ids
+
+
+def test_every_stakeholder_is_shown_and_misses_are_marked(made: tuple) -> None:
+    assert all(
+        name in made[0] for name in ("Grid Operators", "Public &amp; Communities", "Test prompt 1", "99.9%</mark>")
+    )
+    assert "<mark" in made[0] and "(empty answer)" in made[0]
+
+
+def test_the_json_holds_the_figures_and_only_finite_ones(made: tuple) -> None:
+    facts, scores = made[1], made[2]
+    assert json.dumps(facts, allow_nan=False)
+    line = {c["measure"]: c for c in facts["comparison"]}
+    tuned = scores[scores["system"] == "tuned"]
+    assert (
+        line["grounded_share"]["tuned"] == pytest.approx(tuned["grounded_share"].mean())
+        and line["words"]["p_holm"] is None
+    )
+    totals = {k: facts["totals"]["tuned"][k] for k in ("answers", "numbers", "grounded", "faultless")}
+    assert totals == {"answers": 12, "numbers": 36, "grounded": 35, "faultless": 11}
+    assert [w["row_id"] for w in facts["worst"]] == ["r3"] and "99.9" in facts["worst"][0]["faults"][0]
+
+
+def test_the_verdict_says_what_the_numbers_say(made: tuple) -> None:
+    facts = made[1]
+    assert (
+        verdict(facts) == facts["verdict"]
+        and "clearly better than its base on: all five sections" in facts["verdict"][0]
+    )
+    dull = {**facts, "comparison": [{**c, "verdict": "cannot tell"} for c in facts["comparison"]]}
+    assert "on no measure clearly better" in verdict(dull)[0] and "clearly worse on none" in verdict(dull)[0]
+    assert f"{facts['prompts']} prompts" in " ".join(verdict(dull)) and "only people can say" in verdict(dull)[-1]
+
+
+def test_the_same_report_twice_is_the_same_file(tmp_path: Path) -> None:
+    assert make(tmp_path / "a")[0] == make(tmp_path / "b")[0] != make(tmp_path / "c", "Sun first")[0]
+
+
+def test_worst_puts_empty_answers_first_and_leaves_good_ones_out() -> None:
+    scores = score([row(i) for i in range(3)], [answer(GOOD, 0), answer(GOOD.replace("64.2%", "9%"), 1), answer("", 2)])
+    assert [w["row_id"] for w in worst(scores)] == ["r2", "r1"]
+    assert (
+        faults(scores.to_dict("records")[0]) == [] and faults(scores.to_dict("records")[2])[0] == "the answer is empty"
+    )
+
+
+def test_marked_pieces_join_to_the_answer() -> None:
+    text = GOOD.replace("64.2%", "9%")
+    pieces = marked(score([row()], [answer(text)]), {("r0", "tuned"): text}, "r0", "tuned")
+    assert "".join(p for p, _ in pieces) == text and [p for p, why in pieces if why] == ["9%"]
+
+
+def test_finite_turns_unknown_into_none() -> None:
+    assert finite({"a": [float("nan"), float("inf"), 1.5], "b": (pd.Series([2]).iloc[0],)}) == {
+        "a": [None, None, 1.5],
+        "b": [2],
+    }
+
+
+# ---- figures
+
+
+def test_figure_titles_state_the_finding() -> None:
+    history = {"train_loss": [[5, 1.4]], "valid_loss": [[0, 3.0], [5, 1.2], [9, 1.5]]}
+    assert "from 3.00 to 1.20" in plots.loss_curve(history).alt and "step 5" in plots.loss_curve(history).alt
+    assert (
+        "All 3 rows fit" in plots.lengths([10, 20, 90], 100).alt
+        and "1 of 3 rows" in plots.lengths([10, 20, 190], 100).alt
+    )
+    rows = [{"stakeholder": s, "split": p} for s in WHO for p in ("train", "test")]
+    assert (
+        "every stakeholder in every split" in plots.coverage(rows).alt
+        and "1 empty cells" in plots.coverage(rows[:3]).alt
+    )
+    assert "q8 is 50% of f16" in plots.sizes({"f16": 2_000_000, "q8": 1_000_000}).alt
+
+
+def test_figures_draw_and_are_png() -> None:
+    milestones = [
+        SimpleNamespace(year=2030 + 10 * i, reShare=s, emissions=SimpleNamespace(total=1.0 + i))
+        for i, s in enumerate((60, None))
+    ]
+    scenario = SimpleNamespace(metadata=SimpleNamespace(country="A $1$ B", scenarioName=HOSTILE), milestones=milestones)
+    for chart in (plots.emissions_and_share(scenario), plots.loss_curve({}), plots.sizes({"a": 5})):
+        assert chart._repr_png_().startswith(b"\x89PNG")
+
+
+def test_tokens_html_escapes_and_marks_only_trained_tokens() -> None:
+    shown = plots.tokens_html(["<b>", "Hi", "\n"], [0, 1, 1])
+    assert "<b>" not in shown and "&lt;b&gt;" in shown and shown.count("#cfeadf") == 2 and "2 of 3 tokens" in shown
+    with pytest.raises(ValueError):
+        plots.tokens_html(["a"], [1, 0])
