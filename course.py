@@ -112,6 +112,10 @@ def set_up() -> None:
         code, output = quiet([str(PYTHON)] + step)
         if code:
             raise Stop("set-up stopped near its end:\n" + output.strip()[-400:], "check the network, then try again")
+    spec = VENV / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel_json = json.loads(spec.read_text(encoding="utf-8"))
+    kernel_json["argv"].append("--IPKernelApp.log_level=40")  # errors only: each start warns of TCP, here on 127.0.0.1
+    spec.write_text(json.dumps(kernel_json, indent=1), encoding="utf-8")
     shutil.copyfile(str(REQUIREMENTS), str(STAMP))
     say("Set-up finished.")
 

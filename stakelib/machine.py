@@ -56,7 +56,10 @@ def precision() -> tuple[str, str]:
     """
     full, half = matmul_gflops("float32"), matmul_gflops("bfloat16")
     if half > 1.5 * full:
-        return "bfloat16", f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)"
+        return (
+            "bfloat16",
+            f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)",
+        )
     return "float32", f"bf16 brings nothing here ({half:.0f} against {full:.0f} GFLOP/s for fp32)"
 
 

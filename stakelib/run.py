@@ -45,7 +45,12 @@ def writing(path: Path) -> Iterator[Path]:
             old = part.with_suffix(".old")
             if path.exists():
                 path.rename(old)
-            part.rename(path)
+            try:
+                part.rename(path)
+            except OSError:  # Windows: another program holds a file in it; the old folder goes back to its place
+                if old.exists():
+                    old.rename(path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(part, path)
@@ -166,7 +171,9 @@ class Run:
         wanted = json.loads(json.dumps(wanted))
         saved = self.record["stages"].get(name)
         if saved and all(saved[k] == v for k, v in wanted.items()) and self._intact(saved["outputs"], outputs):
-            print(f"{name}: up to date (made {saved['finished']} in {saved['seconds']:.0f} s), nothing to do", flush=True)
+            print(
+                f"{name}: up to date (made {saved['finished']} in {saved['seconds']:.0f} s), nothing to do", flush=True
+            )
             return saved["result"]
         self.record["stages"].pop(name, None)
         started = time.monotonic()
@@ -217,12 +224,16 @@ def _read_record(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     another = "choose another folder with --out, or move this one away"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        made_by, kept = record["format"], record["profile"]
-    except (ValueError, KeyError) as problem:
-        raise CourseError(f"{file} cannot be read ({problem})", f"restore it from a copy, or {another}") from problem
+        made_by, kept = record["format"], dict(record["profile"])
+        dict(record["stages"])
+    except (ValueError, KeyError, TypeError) as problem:
+        what = f"{problem} is missing" if isinstance(problem, KeyError) else problem
+        raise CourseError(f"{file} cannot be read ({what})", f"restore it from a copy, or {another}") from problem
     if made_by != FORMAT:
         raise CourseError(f"{file} has format {made_by}, this version of stakelib writes format {FORMAT}", another)
-    differ = [f"{file}: {k} is {kept.get(k)!r}, you asked for {v!r}" for k, v in fresh["profile"].items() if kept.get(k) != v]
+    differ = [
+        f"{file}: {k} is {kept.get(k)!r}, you asked for {v!r}" for k, v in fresh["profile"].items() if kept.get(k) != v
+    ]
     if differ:
         raise CourseError(differ, another)
     return record
@@ -280,7 +291,9 @@ class PeakMemory:
 class Progress:
     """One plain line every few seconds with a rate and an ETA; the first within `every` seconds of the first tick."""
 
-    def __init__(self, what: str, total: int, unit: str, every: float = 10.0, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str, every: float = 10.0, say: Callable[[str], None] | None = None
+    ) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.say = say or (lambda line: print(line, flush=True))
         self.start, self.last, self.first_done = time.monotonic(), 0.0, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,3 +21,40 @@ settings.load_profile("course")
 def repository() -> Path:
     """The folder that holds course.py."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture()
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for caches and runs, so that no test sees or touches the course's own."""
+    monkeypatch.setenv("STAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STAKE_RUN_ROOT", str(tmp_path / "runs"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the tiny model, made once for all tests; no test may change what is in it."""
+    from stakelib.models import base_model
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAKE_CACHE", str(folder))
+        base_model("tiny-gemma")
+    return folder
+
+
+@pytest.fixture()
+def tiny(home: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny model (a BaseModel); runs go to a folder of the test's own."""
+    from stakelib.models import base_model
+
+    monkeypatch.setenv("STAKE_CACHE", str(tiny_cache))
+    return base_model("tiny-gemma")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_cache: Path) -> Any:
+    """The tiny model's tokenizer."""
+    from stakelib.models import load_tokenizer
+
+    return load_tokenizer(tiny_cache / "models" / "tiny-gemma")

@@ -19,12 +19,14 @@ def held_out(run: Run) -> list[dict[str, Any]]:
     by_voice = defaultdict(list)
     for row in load_rows(run.path("training_data", "test.jsonl")):
         by_voice[row["stakeholder_id"]].append(row)
-    rounds = [[voice[i] for voice in by_voice.values() if i < len(voice)] for i in range(max(map(len, by_voice.values())))]
+    rounds = [
+        [voice[i] for voice in by_voice.values() if i < len(voice)] for i in range(max(map(len, by_voice.values())))
+    ]
     return [row for one_each in rounds for row in one_each][: run.profile.test_prompts]
 
 
 def ask(run: Run, system: str, rows: list[dict[str, Any]], quantisation: str = "q8") -> list[dict[str, Any]]:
-    """Answers of "base" or "tuned" to `rows`, greedy, through llama.cpp at the same quantisation; saved as they come."""
+    """Answers of "base" or "tuned" to `rows`, greedy, through llama.cpp at one quantisation; saved as they come."""
     base = base_model(run.profile.model)
     gguf = gguf_file(run, quantisation) if system == "tuned" else ensure_base_gguf(base)[quantisation]
     factory = partial(engine, tokenizer=base.folder)

@@ -9,10 +9,21 @@ from typing import Any
 from stakelib.export.gguf_files import converter, quantise, to_gguf
 from stakelib.export.merged import check_folder, merge
 from stakelib.export.ollama import modelfile
-from stakelib.models import BaseModel, Rendered, base_model, engine, gguf_base, load_tokenizer, nll, template
+from stakelib.models import BaseModel, Rendered, base_model, engine, gguf_base, load_tokenizer, nll
 from stakelib.run import CourseError, Run
 
-__all__ = ["QUANTISATIONS", "check_folder", "converter", "export", "gguf_file", "merge", "modelfile", "parity", "quantise", "to_gguf"]
+__all__ = [
+    "QUANTISATIONS",
+    "check_folder",
+    "converter",
+    "export",
+    "gguf_file",
+    "merge",
+    "modelfile",
+    "parity",
+    "quantise",
+    "to_gguf",
+]
 
 QUANTISATIONS = {"f16": None, "q8": "Q8_0", "q4": "Q4_0"}  # name in the file -> type in the GGUF
 
@@ -40,7 +51,9 @@ def export(run: Run, adapter: Path) -> dict[str, Any]:
         return {"bytes": {q: f.stat().st_size for q, f in files.items()}}
 
     source = base.folder / "source.json"
-    return run.stage("export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work)
+    return run.stage(
+        "export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work
+    )
 
 
 def ensure_base_gguf(base: BaseModel) -> dict[str, Path]:
@@ -60,17 +73,22 @@ def _ladder(folder: Path, files: dict[str, Path]) -> None:
 
 
 def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompt: str) -> dict[str, Any]:
-    """Prove each hop: mean negative log-likelihood (nats per token) of `rows` under adapter, merged, f16, q8, q4 and base.
+    """Prove each hop: mean negative log-likelihood (nats per token) of `rows` under base, adapter, merged, f16, q8, q4.
 
     Also whether llama.cpp makes the same token ids of `prompt` as training did. Raises CourseError if a hop up to f16
-    undoes more than a tenth of what training changed, if training changed nothing, or if the ids differ.
+    undoes more than a tenth of what training changed (q8, which ships: a quarter), if training changed nothing, or if
+    the ids differ.
     """
     base = base_model(run.profile.model)
     merged = run.path("models", f"stakeholder-{base.short_name}-merged")
     files = {q: gguf_file(run, q) for q in QUANTISATIONS}
 
     def work() -> dict[str, Any]:
-        losses = {"base": nll(base.folder, rows), "adapter": nll(base.folder, rows, adapter), "merged": nll(merged, rows)}
+        losses = {
+            "base": nll(base.folder, rows),
+            "adapter": nll(base.folder, rows, adapter),
+            "merged": nll(merged, rows),
+        }
         for name, file in files.items():
             print(f"parity: {', '.join(f'{k} {v:.4f}' for k, v in losses.items())}", flush=True)
             losses[name] = nll(file, rows)
@@ -91,12 +109,12 @@ def _same_ids(base: BaseModel, gguf: Path, prompt: str) -> bool:
 
 def _judge(losses: dict[str, float], same_ids: bool) -> None:
     moved = abs(losses["adapter"] - losses["base"])
-    problems = [
+    problems = [  # written so that a loss that is not a number fails too
         f"{hop}: {losses[hop]:.4f} nats per token, the adapter has {losses['adapter']:.4f}"
-        for hop in ("merged", "f16")
-        if abs(losses[hop] - losses["adapter"]) > 0.1 * moved
+        for hop, share in (("merged", 0.1), ("f16", 0.1), ("q8", 0.25))
+        if not abs(losses[hop] - losses["adapter"]) <= share * moved
     ]
-    if moved < 1e-4 or abs(losses["merged"] - losses["base"]) < 1e-4:
+    if not moved >= 1e-4 or not abs(losses["merged"] - losses["base"]) >= 1e-4:
         problems.append(f"the merged model equals its base ({losses['base']:.4f} nats per token)")
     if not same_ids:
         problems.append("llama.cpp makes other token ids of the prompt than training did")

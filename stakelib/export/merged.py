@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from stakelib.models import BaseModel, load_tokenizer, load_weights
 from stakelib.run import CourseError, writing
@@ -57,9 +56,13 @@ def check_folder(folder: Path, base: BaseModel) -> None:
     elif shape := _embedding_rows(folder):
         words = len(load_tokenizer(folder))
         if not shape == config["vocab_size"] >= words:
-            problems.append(f"{shape} embedding rows, vocab_size {config['vocab_size']}, {words} tokens in the tokenizer")
+            problems.append(
+                f"{shape} embedding rows, vocab_size {config['vocab_size']}, {words} tokens in the tokenizer"
+            )
     if problems:
-        raise CourseError([f"{folder.name}: {p}" for p in problems], "run notebook 05 again; if it happens twice, report it")
+        raise CourseError(
+            [f"{folder.name}: {p}" for p in problems], "run notebook 05 again; if it happens twice, report it"
+        )
 
 
 def _embedding_rows(folder: Path) -> int | None:
@@ -71,5 +74,3 @@ def _embedding_rows(folder: Path) -> int | None:
                 if name.endswith("embed_tokens.weight"):
                     return tensors.get_slice(name).get_shape()[0]
     return None
-
-

@@ -8,6 +8,7 @@ from typing import Any
 from stakelib.models import template
 from stakelib.run import atomic_write_text
 
+
 def modelfile(tokenizer: Any, gguf: Path, target: Path, context: int = 2048) -> str:
     """Write a Modelfile beside the GGUF's run and return its text.
 
@@ -17,10 +18,11 @@ def modelfile(tokenizer: Any, gguf: Path, target: Path, context: int = 2048) -> 
     """
     around = template(tokenizer)
     before = around.before.removeprefix(tokenizer.bos_token or "") if _adds_bos(tokenizer, around) else around.before
+    system = "{{ if .System }}{{ .System }}\n\n{{ end }}"  # if somebody sets one, it opens the user's turn
     lines = [
-        f"# ollama create {target.parent.name} -f {target.name}   (or the name in the README)",
+        f"# ollama create {gguf.stem.rpartition('-')[0]} -f {target.name}",
         f"FROM ./{gguf.relative_to(target.parent).as_posix()}",
-        f'TEMPLATE """{before}{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}{{{{ .Prompt }}}}{around.between}"""',
+        f'TEMPLATE """{before}{system}{{{{ .Prompt }}}}{around.between}"""',
         f'PARAMETER stop "{around.end}"',
         f"PARAMETER num_ctx {context}",
         "PARAMETER num_predict 400",

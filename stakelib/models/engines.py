@@ -27,7 +27,9 @@ class Answer:
     seconds: float
 
 
-def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None) -> LlamaCpp | Transformers:
+def engine(
+    path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None
+) -> LlamaCpp | Transformers:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers", where `adapter` may name a LoRA folder).
@@ -87,7 +89,9 @@ class LlamaCpp:
         settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
         pool = ThreadPoolExecutor(self.at_once)
         try:
-            waiting = {pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)}
+            waiting = {
+                pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)
+            }
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         finally:
@@ -96,7 +100,7 @@ class LlamaCpp:
     def _one(self, ids: list[int], settings: dict[str, Any]) -> Answer:
         if len(ids) + settings["n_predict"] > self.context:
             raise CourseError(
-                f"a prompt of {len(ids)} tokens and {settings['n_predict']} new ones exceed the context of {self.context}",
+                f"{len(ids)} prompt tokens and {settings['n_predict']} new ones exceed the context of {self.context}",
                 "shorten the prompt",
             )
         start = time.perf_counter()
@@ -106,7 +110,11 @@ class LlamaCpp:
         choice, usage = reply["choices"][0], reply["usage"]
         seconds = time.perf_counter() - start
         return Answer(
-            choice["text"], choice["finish_reason"] == "stop", usage["completion_tokens"], usage["prompt_tokens"], seconds
+            choice["text"],
+            choice["finish_reason"] == "stop",
+            usage["completion_tokens"],
+            usage["prompt_tokens"],
+            seconds,
         )
 
     def tokenize(self, prompt: str) -> list[int]:

@@ -35,14 +35,11 @@ def load_gemma(gguf: Path, dtype: Any) -> Any:
         head_dim=field("attention.key_length"), rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
         max_position_embeddings=field("context_length"),
     )  # fmt: skip
-    model = GemmaForCausalLM(config)
     names = get_tensor_name_map(MODEL_ARCH.GEMMA, layers)
-    weights = {}
-    for name in model.state_dict():
-        if name != "lm_head.weight":  # tied to the embeddings
+    model = GemmaForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # the output layer is tied to the embeddings: one name
             tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
-            values = numpy.array(dequantize(tensor.data, tensor.tensor_type), dtype="float32")
-            weights[name] = torch.from_numpy(values) - (1.0 if name.endswith("norm.weight") else 0.0)
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    return model.to(dtype)
+            values = torch.from_numpy(numpy.array(dequantize(tensor.data, tensor.tensor_type), dtype="float32"))
+            parameter.copy_(values - 1.0 if name.endswith("norm.weight") else values)
+    return model

@@ -29,7 +29,8 @@ def make_tiny(folder: Path, seed: int = 0) -> None:
     tokens = _write_tokenizer(folder)
     config = GemmaConfig(
         vocab_size=tokens, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1,
+        pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -44,10 +45,13 @@ def _write_tokenizer(folder: Path) -> int:
     from transformers import GemmaTokenizer
 
     model = io.BytesIO()
-    lines = [x.strip() for f in sorted(WORDS.glob("*.yaml")) for x in f.read_text(encoding="utf-8").splitlines() if x.strip()]
+    lines = [
+        x.strip() for f in sorted(WORDS.glob("*.yaml")) for x in f.read_text(encoding="utf-8").splitlines() if x.strip()
+    ]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=3000, hard_vocab_limit=False,
-        byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>", user_defined_symbols=FIRST_TOKENS,
+        byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>",
+        user_defined_symbols=FIRST_TOKENS,
         add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
         split_digits=True, num_threads=1, minloglevel=2,
     )  # fmt: skip
@@ -56,9 +60,12 @@ def _write_tokenizer(folder: Path) -> int:
         folder, extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], chat_template=GEMMA_TEMPLATE
     )
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"  # llama.cpp's converter learns from this table which tokens are control tokens
+    file = (
+        folder / "tokenizer_config.json"
+    )  # llama.cpp's converter learns from this table which tokens are control tokens
     config = json.loads(file.read_text(encoding="utf-8"))
     special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    config.pop("vocab_file", None)  # a path of this machine
     config["added_tokens_decoder"] = {str(i): {"content": t.content, "special": True} for i, t in special.items()}
     atomic_write_json(file, config)
     return len(tokenizer)

@@ -121,10 +121,14 @@ class Metrics:
 
 
 def slots(scenario: Scenario) -> dict[str, int]:
-    """Base = first milestone; near and far = the later milestones closest to 2030 and 2040; end = last."""
+    """Base = first milestone; near and far = the milestones closest to 2030 and 2040 after it; end = last.
+
+    A scenario that starts at 2028 or later has no year before the transition: its first milestone is base and near.
+    """
     years = [m.year for m in scenario.milestones]
     named = {"base": years[0]}
-    if later := years[1:]:
+    later = years[1:] if years[0] < 2028 else years
+    if len(years) > 1:
         named["near"] = min(later, key=lambda y: abs(y - 2030))
         if after := [y for y in later if y > named["near"]]:
             named["far"] = min(after, key=lambda y: abs(y - 2040))

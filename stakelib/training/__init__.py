@@ -75,7 +75,7 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
         f"# stakeholder-{base.short_name}: a LoRA adapter that answers as nine energy stakeholders", "",
         f"- Base model: {base.origin} (licence: {base.licence}; it also binds this adapter)",
         f"- Trained on {result['rows']} synthetic dialogues made by rules, {result['learned_tokens']} learned tokens",
-        f"- Validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']} of {result['steps']}",
+        f"- Validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']}",
         f"- Recipe '{recipe.name}': " + ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if k != "name"),
         "- Precision of the frozen base: " + result["precision"], "",
         "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others.",

@@ -21,7 +21,7 @@ class Recipe:
     learning_rate: float = 5e-4  # LoRA bears 10x and more of the full fine-tuning rate
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps in which the rate climbs: early steps are noisy
-    accumulate: int = 8  # rows per optimizer step; they go through one by one, which needs least memory
+    accumulate: int = 4  # rows per optimizer step, going through one by one: least memory; more steps for few rows
     max_length: int = 1536  # tokens; a longer row is an error, never cut (it would lose its end-of-turn token)
     validate_per_epoch: int = 4  # and a checkpoint each time: the best one is kept, at most a quarter epoch is lost
     seed: int = 7
@@ -42,7 +42,8 @@ RECIPES = {
     r.name: r
     for r in (
         Recipe(),
-        Recipe("guide-pc", alpha=32, dropout=0.05, targets=ATTENTION, learning_rate=2e-5, schedule="linear", warmup=0.0),
+        Recipe("guide-pc", dropout=0.05, targets=ATTENTION, learning_rate=2e-5, schedule="linear", warmup=0.0,
+               accumulate=8),
     )
 }  # fmt: skip
 
@@ -50,7 +51,7 @@ RECIPES = {
 def adapter_parameters(config: Any, recipe: Recipe) -> int:
     """How many numbers the adapter holds: rank x (inputs + outputs) of each target, in every layer.
 
-    `config`: a transformers config of the Llama or Gemma family. Formula: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+    `config`: a transformers config of the Llama or Gemma family. Formula: Hu et al. 2021 (arXiv 2106.09685), 4.1.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads

@@ -14,14 +14,16 @@ def load_rows(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file. Raises CourseError listing every line that is no JSON object with prompt and completion."""
     rows, problems = [], []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): it also cuts at U+2028 and the like, which JSON strings may hold
+        lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
     except UnicodeDecodeError as problem:
         raise CourseError(f"{file.name} is not UTF-8 ({problem.reason})", "save it as UTF-8") from problem
-    for number, line in enumerate(lines, 1):
+    for number, line in ((n, text) for n, text in lines if text.strip()):
         try:
             row = json.loads(line)
-            missing = [k for k in ("prompt", "completion") if not str(row.get(k) or "").strip()]
-            problems += [f"{file.name}, line {number}: '{k}' is empty or missing" for k in missing]
+            texts = {k: row.get(k) for k in ("prompt", "completion")}
+            missing = [k for k, text in texts.items() if not isinstance(text, str) or not text.strip()]
+            problems += [f"{file.name}, line {number}: '{k}' is empty, missing or no text" for k in missing]
             rows.append(row)
         except (ValueError, AttributeError):
             problems.append(f"{file.name}, line {number}: not a JSON object")

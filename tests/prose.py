@@ -1,0 +1,108 @@
+"""Numbers in prose come from the record of a run: between `<!--=key-->` and `<!--/-->` stands what the record says.
+
+    python tests/prose.py --record runs/quick     take a finished run's figures into benchmarks/records/
+    python tests/prose.py --write                 fill the README and the notebooks from the records
+    python tests/prose.py                         print every sentence that contradicts its record, exit 1 if any
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks" / "records"
+MARK = re.compile(r"<!--=([\w.-]+)-->(.*?)<!--/-->", re.DOTALL)
+
+
+def files() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+
+
+def take(folder: Path) -> Path:
+    """Copy the figures of a finished run; refuses one whose stages were skipped, because its minutes mean nothing."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    timings = json.loads((folder / "notebooks" / "timings.json").read_text(encoding="utf-8"))
+    stages = record["stages"]
+    if timings["04_train_with_peft"] < stages["train"]["seconds"]:
+        raise SystemExit(f"{folder}: the last course run skipped finished stages; run into a fresh folder with --out")
+    kept = {name: {k: s[k] for k in ("seconds", "peak_mb", "result")} for name, s in stages.items()}
+    for name, stage in kept.items():
+        stage["disk_bytes"] = sum(f["bytes"] for f in stages[name]["outputs"].values())
+    kept.get("guide-prompts", {}).pop("result", None)  # texts, not figures
+    taken = {
+        "profile": record["profile"], "machine": record["machine"], "versions": record["versions"],
+        "notebooks": {name[:2]: seconds for name, seconds in sorted(timings.items())}, "stages": kept,
+    }  # fmt: skip
+    target = RECORDS / f"{record['profile']['name']}.json"
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    return target
+
+
+def figure(key: str) -> str:
+    """What the record says: `<profile>.<notebook number|total>.minutes`, `<profile>.<stage>.peak_gb`, ..."""
+    profile, *path = key.split(".")
+    record = json.loads((RECORDS / f"{profile}.json").read_text(encoding="utf-8"))
+    if path == ["total", "minutes"]:
+        return minutes(sum(record["notebooks"].values()))
+    if path[0] in record["notebooks"] and path[1:] == ["minutes"]:
+        return minutes(record["notebooks"][path[0]])
+    if path[0] == "nll":
+        return f"{record['stages']['parity']['result']['nll'][path[1]]:.2f}"
+    if path[0] in ("machine", "versions"):
+        return str(record[path[0]][path[1]])
+    stage: Any = record["stages"][path[0]]
+    known = {
+        "seconds": lambda: f"{stage['seconds']:.0f}", "minutes": lambda: minutes(stage["seconds"]),
+        "peak_gb": lambda: f"{stage['peak_mb'] / 1024:.1f}", "disk_gb": lambda: f"{stage['disk_bytes'] / 1e9:.1f}",
+    }  # fmt: skip
+    if path[1] in known:
+        return known[path[1]]()
+    for part in path[1:]:
+        stage = stage[part]
+    if path[-2] == "bytes":
+        return f"{stage / 1e6:.0f}"
+    return f"{stage:,}" if isinstance(stage, int) else f"{stage:.2f}"
+
+
+def minutes(seconds: float) -> str:
+    return str(round(seconds / 60)) if seconds >= 90 else f"{max(seconds, 6) / 60:.1f}"
+
+
+def contradictions(text: str) -> list[str]:
+    """Marks whose value is not the record's, and marks that name nothing in a record."""
+    found = []
+    for key, said in MARK.findall(text):
+        try:
+            wanted = figure(key)
+        except (KeyError, FileNotFoundError, IndexError, TypeError) as problem:
+            found.append(f"{key}: not in any record ({type(problem).__name__} {problem})")
+            continue
+        if said != wanted:
+            found.append(f"{key}: the text says {said!r}, the record {wanted!r}")
+    return found
+
+
+def fill(text: str) -> str:
+    return MARK.sub(lambda m: f"<!--={m[1]}-->{figure(m[1])}<!--/-->", text)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--record"]:
+        print("written:", take(Path(arguments[1])).relative_to(ROOT))
+        return 0
+    if arguments == ["--write"]:
+        for path in files():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(fill(text), encoding="utf-8", newline="\n")
+    problems = [f"{p.name}: {c}" for p in files() for c in contradictions(p.read_text(encoding="utf-8"))]
+    print("\n".join(problems) or "every marked number agrees with its record")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

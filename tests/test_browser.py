@@ -1,0 +1,128 @@
+"""Every notebook, opened in JupyterLab in a real Chromium and run from top to bottom; the report, opened from disk.
+
+Pictures of what a person sees go to $STAKE_SHOTS if that is set.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+TOKEN = "stakeholders"
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None and os.environ.get("CI"):
+        pytest.fail("no Chromium or Chrome on this machine: CI must have one")
+    if found is None:
+        pytest.skip("no Chromium or Chrome on this machine")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=found, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """JupyterLab on a copy of the notebooks, in the smoke profile; yields its address and the run root."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"STAKE_PROFILE": "smoke", "STAKE_RUN_ROOT": str(folder / "runs"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+    command += [f"--IdentityProvider.token={TOKEN}", "--LabApp.expose_app_in_browser=True", str(folder / "notebooks")]
+    with (folder / "lab.log").open("w", encoding="utf-8") as log:
+        server = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api?token={TOKEN}", server, folder / "lab.log")
+            yield f"http://127.0.0.1:{port}", folder / "runs"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path, seconds: float = 60) -> None:
+    for _ in range(int(seconds * 5)):
+        if server.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"JupyterLab did not answer:\n{log.read_text(encoding='utf-8')[-2000:]}")
+
+
+def shot(page: object, name: str) -> None:
+    if folder := os.environ.get("STAKE_SHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+RUN_ALL = """async () => {
+  const app = window.jupyterapp;
+  const panel = app.shell.currentWidget;
+  await panel.context.ready;
+  await panel.sessionContext.ready;
+  await app.commands.execute('notebook:run-all-cells');
+  return panel.content.model.toJSON();
+}"""
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_top_to_bottom_in_jupyterlab(name: str, chromium, lab: tuple[str, Path]) -> None:
+    address, _ = lab
+    page = chromium.new_page(viewport={"width": 1280, "height": 1600})
+    page.set_default_timeout(240_000)
+    loads: list[str] = []
+    page.on("request", lambda request: loads.append(request.url))
+    page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context?.isReady")
+    notebook = page.evaluate(RUN_ALL)
+    shot(page, Path(name).stem)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    errors = [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
+    assert [f"{o['ename']}: {o['evalue']}" for o in errors] == []
+    assert all(cell["execution_count"] for cell in code), "a cell did not run"
+    broken = "() => [...document.querySelectorAll('.jp-MarkdownOutput img')].filter(i => !i.naturalWidth).length"
+    assert page.evaluate(broken) == 0
+    outside = [url for url in loads if not url.startswith((address, "data:", "blob:"))]
+    assert outside == [], "something came from outside"
+    page.close()
+
+
+def test_report_opens_from_disk_and_loads_nothing(chromium, lab: tuple[str, Path]) -> None:
+    """After the notebooks above: the report they made, by double-click, on a phone's width too."""
+    report = lab[1] / "smoke" / "report.html"
+    assert report.exists(), "notebook 06 leaves it"
+    page = chromium.new_page(viewport={"width": 375, "height": 800})
+    loads: list[str] = []
+    page.on("request", lambda request: loads.append(request.url))
+    page.goto(report.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375, "wider than a phone"
+    assert all(url.startswith(("file:", "data:")) for url in loads)
+    assert page.locator("h1").count() == 1 and page.locator("img, svg").count() >= 2
+    shot(page, "report-phone")
+    page.close()

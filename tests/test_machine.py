@@ -1,0 +1,114 @@
+"""What this computer is: refusals name figures, and the precision follows the measured speed, not a name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stakelib import machine
+from stakelib.run import CourseError
+
+
+def test_describe_measures_this_machine(tmp_path: Path) -> None:
+    here = machine.describe(tmp_path / "not" / "made" / "yet")
+    assert 1 <= here["cores"] <= os.cpu_count()
+    assert 0 < here["ram_free_gb"] <= here["ram_gb"]
+    assert here["disk_free_gb"] == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, abs=2)
+    assert here["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.fixture()
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with 3.5 GB of memory and 2.25 GB of disk left."""
+    monkeypatch.setattr(machine, "describe", lambda folder=None: {"ram_free_gb": 3.5, "disk_free_gb": 2.25})
+
+
+@pytest.mark.parametrize(
+    ("ram", "disk", "problems"),
+    [
+        (3.5, 2.25, []),
+        (3.6, 2.0, ["memory: 3.5 GB free, 3.6 GB needed"]),
+        (1.0, 2.3, ["disk at here: 2.25 GB free, 2.3 GB needed"]),
+        (8.0, 9.0, ["memory: 3.5 GB free, 8.0 GB needed", "disk at here: 2.25 GB free, 9.0 GB needed"]),
+    ],
+)
+def test_require_refuses_with_both_figures(small: None, ram: float, disk: float, problems: list[str]) -> None:
+    found: list[str] = []
+    try:
+        machine.require(ram_gb=ram, disk_gb=disk, folder=Path("here"))
+    except CourseError as error:
+        found = error.problems
+        assert "--model" in error.next_action
+    assert found == problems
+
+
+@pytest.fixture()
+def fresh_precision() -> Iterator[Any]:
+    """`precision` without what it remembered, before and after."""
+    machine.precision.cache_clear()
+    yield machine.precision
+    machine.precision.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("half", "kind"), [(610.0, "bfloat16"), (301.0, "bfloat16"), (299.0, "float32"), (3.0, "float32")]
+)
+def test_precision_follows_the_speed(half: float, kind: str, fresh_precision: Any, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def gflops(dtype: str) -> float:
+        asked.append(dtype)
+        return {"float32": 200.0, "bfloat16": half}[dtype]
+
+    monkeypatch.setattr(machine, "matmul_gflops", gflops)
+    chosen, why = fresh_precision()
+    assert chosen == kind
+    assert {"200", f"{half:.0f}"} <= set(re.findall(r"\d+(?= GFLOP| against)|(?<=against )\d+", why))
+    assert fresh_precision() == (chosen, why)
+    assert sorted(asked) == ["bfloat16", "float32"]  # measured once, then remembered
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gflops_are_two_n_cubed_per_second(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(machine, "time", type(time)("clock"))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks) * 0.25, raising=False)
+    products: list[torch.dtype] = []
+
+    class Matrix:
+        def to(self, dtype: torch.dtype) -> Matrix:
+            self.dtype = dtype
+            return self
+
+        def __matmul__(self, other: Matrix) -> None:
+            products.append(other.dtype)
+
+    monkeypatch.setattr(torch, "randn", lambda *shape: Matrix() if shape == (10, 10) else None)
+    # looks at 0.25, 0.5 and 0.75 s: two products in 0.75 s, and one before the clock starts
+    assert machine.matmul_gflops(dtype, size=10, seconds=0.6) == pytest.approx(2 * 10**3 * 2 / 0.75 / 1e9)
+    assert products == [getattr(torch, dtype)] * 3
+
+
+def test_the_kernel_measures_something(fresh_precision: Any) -> None:
+    speed = machine.matmul_gflops("float32", size=256, seconds=0.05)
+    assert 0.05 < speed < 1e5
+    kind, why = fresh_precision()
+    assert kind in ("float32", "bfloat16")
+    assert "GFLOP/s" in why
+
+
+def test_apple_silicon_is_a_mac_with_an_m_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    for system, chip, expected in (("darwin", "arm64", True), ("darwin", "x86_64", False), ("linux", "arm64", False)):
+        monkeypatch.setattr(machine.sys, "platform", system)
+        monkeypatch.setattr(machine.platform, "machine", lambda chip=chip: chip)
+        assert machine.is_apple_silicon() is expected

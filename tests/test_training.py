@@ -1,0 +1,365 @@
+"""Training on the tiny model: what is refused, what is learned, and that a killed run ends like one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stakelib import machine
+from stakelib.models import BaseModel, Rendered, load_tokenizer, load_weights, nll, render
+from stakelib.run import CourseError, Run, sha256
+from stakelib.training import RECIPES, Recipe, adapter_folder, adapter_parameters, load_rows, render_rows, train
+
+# A high rate, so that a few steps on random weights show; 8 steps, a checkpoint every 2
+FAST = Recipe(name="fast", rank=4, alpha=8, learning_rate=0.02, accumulate=2, validate_per_epoch=4, max_length=96)
+VOICES = ("grid operator", "bank", "ministry", "village", "factory", "university", "charity", "agency")
+
+
+def some_rows(count: int) -> list[dict[str, str]]:
+    return [
+        {"id": f"r{i}", "prompt": f"Who speaks? {i}", "completion": f"The {VOICES[i % 8]} speaks, {i} times."}
+        for i in range(count)
+    ]
+
+
+def write_rows(run: Run, part: str, rows: list[Any]) -> Path:
+    file = run.path("training_data", f"{part}.jsonl")
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return file
+
+
+def run_with_rows(folder: Path, count: int = 16) -> Run:
+    run = Run.open(folder, "smoke")
+    write_rows(run, "train", some_rows(count))
+    write_rows(run, "valid", some_rows(count + 4)[-4:])
+    return run
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(adapter_folder(run) / "adapter_model.safetensors")
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k].float() - b[k].float()).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One uninterrupted training; no test may change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAKE_CACHE", str(tiny_cache))
+        run = run_with_rows(tmp_path_factory.mktemp("whole"))
+        return SimpleNamespace(run=run, result=train(run, FAST), tensors=tensors(run))
+
+
+# ------------------------------------------------------------------------------------------------- before training
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("shape", ["tiny", "llama", "gemma 3"])
+def test_the_parameter_formula_counts_what_peft_makes(recipe: Recipe, shape: str, tiny: BaseModel) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+    common = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+    config = {
+        "tiny": AutoConfig.from_pretrained(tiny.folder),
+        "llama": LlamaConfig(**common, num_attention_heads=6, num_key_value_heads=2),  # no head_dim: 48 / 6
+        "gemma 3": Gemma3TextConfig(**common, num_attention_heads=4, num_key_value_heads=1, head_dim=32),
+    }[shape]
+    model = AutoModelForCausalLM.from_config(config)
+    lora = LoraConfig(r=recipe.rank, target_modules=list(recipe.targets), task_type="CAUSAL_LM")
+    counted = get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+    assert adapter_parameters(config, recipe) == counted
+    assert adapter_parameters(config, replace(recipe, rank=recipe.rank + 1)) != counted
+
+
+BAD_LINES = {
+    2: '{"prompt": "a", "completion": " "}',
+    4: '{"prompt": "a"}',
+    5: '{"completion": "b"}',
+    6: '{"prompt": ["a"], "completion": "b"}',
+    8: "[1, 2]",
+    9: '{"prompt": "a", "compl',
+}
+
+
+def test_bad_rows_are_listed_all_at_once_before_a_weight_is_loaded(
+    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stakelib.training import peft_backend
+
+    monkeypatch.setattr(peft_backend, "load_weights", lambda *_: pytest.fail("loaded the weights"))
+    run = run_with_rows(home / "run")
+    lines = [BAD_LINES.get(n, '{"prompt": "a", "completion": "b"}') for n in range(1, 11)]
+    run.path("training_data", "train.jsonl").write_text("\n".join([*lines[:6], "", *lines[6:]]), encoding="utf-8")
+    with pytest.raises(CourseError, match="mend these lines or run notebook 01") as problem:
+        train(run, FAST)
+    named = [2, 4, 5, 6, 9, 10]  # after the blank line 7 every number is one higher
+    assert [int(p.split("line ")[1].split(":")[0]) for p in problem.value.problems] == named
+    assert all(p.startswith("train.jsonl, line") for p in problem.value.problems)
+    assert ["'completion'" in problem.value.problems[0], "'prompt'" in problem.value.problems[2]] == [True, True]
+    assert not adapter_folder(run).exists()
+
+
+def test_files_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"prompt": "\u00e9", "completion": "b"}'.encode("latin-1"))
+    with pytest.raises(CourseError, match=r"latin\.jsonl is not UTF-8(.|\n)*save it as UTF-8"):
+        load_rows(latin)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n", encoding="utf-8")
+    with pytest.raises(CourseError, match=r"empty\.jsonl has no rows"):
+        load_rows(empty)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\u0085", "\x1c", "\x0c"])
+def test_a_row_may_hold_any_line_separator_of_unicode(sign: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"a{sign}b", "completion": f"c{sign}d"}] * 2
+    file.write_text("\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8", newline="")
+    assert load_rows(file) == rows
+
+
+def test_long_rows_are_named_and_never_cut(tokenizer: Any) -> None:
+    rows = [
+        {"id": i, "prompt": "a", "completion": "energy " * n} for i, n in (("short", 3), ("long", 50), ("more", 60))
+    ]
+    lengths = [len(render(tokenizer, r["prompt"], r["completion"]).ids) for r in rows]
+    assert [len(r.ids) for r in render_rows(tokenizer, rows, max(lengths))] == lengths
+    with pytest.raises(CourseError, match="shorten these rows") as problem:
+        render_rows(tokenizer, rows, lengths[1] - 1)
+    said = [
+        f"row {r}: {n} tokens, at most {lengths[1] - 1} allowed"
+        for r, n in zip(("long", "more"), lengths[1:], strict=True)
+    ]
+    assert problem.value.problems == said
+
+
+def test_an_unknown_back_end_is_refused(tiny: BaseModel, home: Path) -> None:
+    with pytest.raises(CourseError, match="back-end 'cuda' is unknown"):
+        train(run_with_rows(home / "run"), FAST, backend="cuda")
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.fixture(scope="module")
+def rendered(tokenizer: Any) -> list[Rendered]:
+    return [render(tokenizer, r["prompt"], r["completion"]) for r in some_rows(4)]
+
+
+def test_the_fast_way_in_bf16_gives_the_loss_of_the_plain_way(
+    whole: SimpleNamespace, tiny: BaseModel, rendered: list[Rendered]
+) -> None:
+    from stakelib.training.peft_backend import collate, row_loss
+
+    def mean(model: Any) -> float:
+        with torch.inference_mode():
+            parts = [row_loss(model, collate([r])) for r in rendered]
+        return float(sum(t for t, _ in parts)) / sum(n for _, n in parts)
+
+    adapter = adapter_folder(whole.run)
+    plain, half = (load_weights(tiny.folder, adapter, dtype) for dtype in ("float32", "bfloat16"))
+    without = load_weights(tiny.folder, dtype="float32")
+    assert {p.dtype for n, p in half.named_parameters() if "lora_" in n} == {torch.float32}
+    assert half.dtype == torch.bfloat16
+    assert mean(half) == pytest.approx(mean(plain), abs=1e-2)
+    assert abs(mean(plain) - mean(without)) > 0.1  # the adapter is no bystander
+    total, count = row_loss(plain, collate(rendered[:1]))
+    row = rendered[0]
+    logits = plain(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+    wanted = -sum(logits[i - 1, row.ids[i]] for i, m in enumerate(row.mask) if m)
+    assert (float(total), count) == (pytest.approx(float(wanted), abs=1e-3), sum(row.mask))
+
+
+def test_collate_marks_what_is_not_learned() -> None:
+    from stakelib.training.peft_backend import collate
+
+    batch = collate([Rendered([5, 6, 7], [0, 1, 1])])
+    assert batch["labels"].tolist() == [[-100, 6, 7]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7]]
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def test_training_lowers_the_loss_and_says_the_truth_about_it(whole: SimpleNamespace, tiny: BaseModel) -> None:
+    tokenizer = load_tokenizer(tiny.folder)
+    valid = render_rows(tokenizer, load_rows(whole.run.path("training_data", "valid.jsonl")), 96)
+    before, after = nll(tiny.folder, valid), nll(tiny.folder, valid, adapter_folder(whole.run))
+    assert after < before - 0.2
+    assert whole.result["best_valid_loss"] == pytest.approx(after, abs=0.02)  # of the adapter that was saved
+    history = whole.result["valid_loss"]
+    assert [step for step, _ in history] == [2, 4, 6, 8]
+    assert whole.result["best_valid_loss"] == min(loss for _, loss in history)
+    learned = render_rows(tokenizer, load_rows(whole.run.path("training_data", "train.jsonl")), 96)
+    assert whole.result["learned_tokens"] == sum(sum(r.mask) for r in learned)
+    assert whole.result["trainable_parameters"] == sum(t.numel() for t in whole.tensors.values())
+    assert (whole.result["rows"], whole.result["valid_rows"], whole.result["resumed_at"]) == (16, 4, 0)
+
+
+def test_the_adapter_folder_is_complete_and_names_no_machine(whole: SimpleNamespace, tiny: BaseModel) -> None:
+    folder = adapter_folder(whole.run)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (4, 8, set(FAST.targets))
+    assert config["base_model_name_or_path"] == tiny.origin
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"Validation loss {whole.result['best_valid_loss']:.3f} nats" in card
+    assert "learning_rate 0.02" in card
+    written = "".join(f.read_text(encoding="utf-8") for f in folder.iterdir() if f.suffix in (".json", ".md"))
+    assert str(tiny.folder.parents[1]) not in written
+    assert [p for p in (whole.run.folder / "training").rglob("*") if p.is_file()] == []  # checkpoints are gone
+
+
+def test_a_second_call_skips_and_a_changed_row_does_not(
+    whole: SimpleNamespace, tiny: BaseModel, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(whole.run, FAST) == whole.result
+    assert "train: up to date" in capsys.readouterr().out
+    run = run_with_rows(home / "run", 4)
+    train(run, FAST)
+    first = sha256(adapter_folder(run))
+    write_rows(run, "train", [*some_rows(3), {"prompt": "x", "completion": "y"}])
+    train(run, FAST)
+    assert "up to date" not in capsys.readouterr().out
+    assert sha256(adapter_folder(run)) != first
+
+
+def test_trials_leave_the_real_adapter_alone(whole: SimpleNamespace, tiny: BaseModel, home: Path) -> None:
+    before = sha256(adapter_folder(whole.run))
+    trial = train(whole.run, FAST, rows=4)
+    assert (trial["rows"], trial["steps"], trial["valid_rows"]) == (4, 2, 4)
+    assert sha256(adapter_folder(whole.run)) == before
+    assert (whole.run.folder / "training" / "trials" / "trial-fast-4" / "adapter_model.safetensors").exists()
+    run = run_with_rows(home / "run", 4)
+    train(run, FAST, rows=2)
+    assert not adapter_folder(run).exists()
+
+
+def test_the_seed_decides(whole: SimpleNamespace, tiny: BaseModel, home: Path) -> None:
+    same, other = (run_with_rows(home / name) for name in ("same", "other"))
+    train(same, FAST)
+    train(other, replace(FAST, seed=FAST.seed + 1))
+    assert furthest(tensors(same), whole.tensors) < 1e-6
+    assert furthest(tensors(other), whole.tensors) > 1e-2
+
+
+def test_a_loss_that_is_no_number_stops_with_what_to_do(tiny: BaseModel, home: Path) -> None:
+    run = run_with_rows(home / "run")
+    with pytest.raises(CourseError, match="is not a number at step(.|\n)*lower learning_rate"):
+        train(run, replace(FAST, learning_rate=1e30, warmup=0.0))
+    assert not adapter_folder(run).exists()
+    assert "train" not in Run.open(home / "run", "smoke").record["stages"]
+
+
+# ------------------------------------------------------------------------------------------------- kill and go on
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from test_training import FAST
+from stakelib.run import Run
+from stakelib.training import peft_backend, train
+
+class Watch(peft_backend.Watch):
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().on_step_end(args, state, control, **more)
+
+peft_backend.Watch = Watch
+train(Run.open(Path({run!r}), "smoke"), FAST)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_killed_training_goes_on_and_ends_the_same(
+    whole: SimpleNamespace, tiny: BaseModel, home: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with_rows(home / "run")
+    code = KILLED.format(path=[str(repository), str(repository / "tests")], step=7, run=str(run.folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not adapter_folder(run).exists()
+    (kept,) = (run.folder / "training").glob("checkpoints-*")
+    assert sorted(c.name for c in kept.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    (kept / "checkpoint-6" / "complete.json").unlink()  # as if the kill had cut this one short
+    result = train(Run.open(run.folder, "smoke"), FAST)
+    assert "going on from checkpoint-4 of 8" in capsys.readouterr().out
+    assert result["resumed_at"] == 4
+    assert furthest(tensors(run), whole.tensors) < 1e-4
+    assert sum(result["valid_loss"], []) == pytest.approx(sum(whole.result["valid_loss"], []), abs=1e-4)
+    assert result["best_step"] == whole.result["best_step"]
+
+
+def test_only_complete_checkpoints_count_and_numbers_are_numbers(tmp_path: Path) -> None:
+    from stakelib.training.peft_backend import last_checkpoint
+
+    assert last_checkpoint(tmp_path) is None
+    for step, complete in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"x")
+        if complete:
+            (folder / "complete.json").write_text("{}", encoding="utf-8")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert sorted(c.name for c in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_checkpoints_of_other_rows_or_settings_are_not_continued(
+    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stakelib.training import peft_backend
+
+    step_end = peft_backend.Watch.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+        return step_end(self, args, state, control, **more)
+
+    run = run_with_rows(home / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(peft_backend.Watch, "on_step_end", stop)
+        train(run, FAST)
+    assert train(run, replace(FAST, seed=3))["resumed_at"] == 0
+    write_rows(run, "train", some_rows(15))
+    assert train(run, FAST)["resumed_at"] == 0
+    write_rows(run, "train", some_rows(16))
+    assert train(run, FAST)["resumed_at"] == 4  # the twin: back to the same rows and settings
+
+
+def test_rows_come_in_an_order_fixed_by_the_seed() -> None:
+    from stakelib.training.peft_backend import row_order
+
+    order = row_order(20, 3, seed=1)
+    assert [sorted(order[i : i + 20]) for i in (0, 20, 40)] == [list(range(20))] * 3
+    assert order[:20] != order[20:40] != list(range(20))
+    assert row_order(20, 3, seed=1) == order != row_order(20, 3, seed=2)
+
+
+def test_the_chosen_precision_stands_in_the_result(
+    whole: SimpleNamespace, tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (whole.result["precision"], whole.result["precision_why"]) == machine.precision()
+    results = {}
+    for kind in ("float32", "bfloat16"):
+        monkeypatch.setattr(machine, "precision", lambda kind=kind: (kind, f"{kind} for this test"))
+        results[kind] = train(run_with_rows(home / kind), FAST)
+        assert results[kind]["precision_why"] == f"{kind} for this test"
+        assert results[kind]["best_valid_loss"] == pytest.approx(whole.result["best_valid_loss"], abs=0.1)
