@@ -33,9 +33,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the tiny model, made once for all tests; no test may change what is in it."""
+    """A cache that holds the tiny model, made once for all tests; no test may change what is in it.
+
+    A second thread makes so small a model no faster, and on a busy machine several times slower.
+    """
+    import torch
+
     from stakelib.models import base_model
 
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAKE_CACHE", str(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -24,17 +23,23 @@ from stakelib.run import CourseError, Run, sha256
 PROMPT = "Country: Kenya\n- Renewable Share 2030: 64.2%"
 
 
-def random_adapter(base: BaseModel, folder: Path, seed: int, strength: float = 0.3) -> Path:
-    """A PEFT folder with random weights; strength 0 leaves every lora_B zero, as before training."""
+def some_rows(tokenizer: Any, who: str) -> list[Rendered]:
+    return [render(tokenizer, PROMPT, f"The {who} likes {n} MW of solar energy.") for n in range(8)]
+
+
+def adapter_for(base: BaseModel, rows: list[Rendered], folder: Path, steps: int = 12) -> Path:
+    """A PEFT folder trained on `rows` until they are no surprise; with 0 steps every lora_B is still zero."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     model = get_peft_model(load_weights(base.folder, dtype="float32"), lora)
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=random) * strength)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    for row in rows * steps:
+        labels = torch.tensor([[i if m else -100 for i, m in zip(row.ids, row.mask, strict=True)]])
+        model(input_ids=torch.tensor([row.ids]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.save_pretrained(folder)
     return folder
 
@@ -52,16 +57,20 @@ def made(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAKE_CACHE", str(tiny_cache))
         run, base = Run.open(place / "run", "smoke"), base_model("tiny-gemma")
-        adapter = random_adapter(base, run.path("models", "adapter"), seed=1)
-        other = random_adapter(base, run.path("models", "other"), seed=2)
-        sizes = export(run, adapter)["bytes"]
         tokenizer = load_tokenizer(base.folder)
-        rows = [render(tokenizer, PROMPT, f"We like {n} MW of solar energy.") for n in range(8)]
+        rows = some_rows(tokenizer, "bank")
+        adapter = adapter_for(base, rows, run.path("models", "adapter"))
+        other = adapter_for(base, some_rows(tokenizer, "village"), run.path("models", "other"), steps=2)
+        sizes = export(run, adapter)["bytes"]
         files = {q: gguf_file(run, q) for q in QUANTISATIONS}
         merged = run.path("models", "stakeholder-tiny-gemma-merged")
+        merge(base, other, place / "wrong")
+        wrong = {"f16": place / "f16.gguf", "q8": place / "q8.gguf"}  # of the other adapter
+        to_gguf(place / "wrong", wrong["f16"])
+        quantise(wrong["f16"], wrong["q8"], "Q8_0")
         yield SimpleNamespace(
             run=run, base=base, adapter=adapter, other=other, sizes=sizes, rows=rows, files=files, merged=merged,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer, wrong=wrong,
         )  # fmt: skip
 
 
@@ -77,7 +86,7 @@ def test_the_merged_model_speaks_as_base_and_adapter_do(made: SimpleNamespace) -
 
 
 def test_an_adapter_that_does_nothing_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
-    nothing = random_adapter(made.base, tmp_path / "zero", seed=1, strength=0.0)
+    nothing = adapter_for(made.base, made.rows, tmp_path / "zero", steps=0)
     with pytest.raises(
         CourseError, match="every lora_B is zero, the merged model would equal its base(.|\n)*train first"
     ):
@@ -102,7 +111,7 @@ SPOILS = {
     "tokenizer.model of the base is missing": lambda f: (f / "tokenizer.model").unlink(),
     "generation_config.json of the base is missing": lambda f: (f / "generation_config.json").unlink(),
     "no safetensors file": lambda f: (f / "model.safetensors").unlink(),
-    "architectures is ['LlamaForCausalLM'], the base has": lambda f: spoil_config(f, "architectures", ["LlamaForCausalLM"]),
+    "architectures is ['Llama'], the base has": lambda f: spoil_config(f, "architectures", ["Llama"]),
     "vocab_size is 3001, the base has 3000": lambda f: spoil_config(f, "vocab_size", 3001),
     "3000 embedding rows, vocab_size 2999": lambda f: spoil_config(f, "vocab_size", 2999),
 }  # fmt: skip
@@ -118,7 +127,7 @@ def test_a_folder_that_would_break_the_conversion_is_caught(words: str, made: Si
     assert any(p.startswith("merged: ") and words in p for p in problem.value.problems), problem.value.problems
 
 
-def test_all_faults_of_a_folder_are_listed_and_a_bad_merge_is_not_kept(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_all_faults_of_a_folder_are_listed(made: SimpleNamespace, tmp_path: Path) -> None:
     folder = tmp_path / "merged"
     shutil.copytree(made.merged, folder)
     for name in ("tokenizer.model", "tokenizer.json"):
@@ -127,13 +136,23 @@ def test_all_faults_of_a_folder_are_listed_and_a_bad_merge_is_not_kept(made: Sim
     with pytest.raises(CourseError) as problem:
         check_folder(folder, made.base)
     assert len(problem.value.problems) >= 3
-    shutil.copytree(made.base.folder, tmp_path / "base")
-    spoil_config(tmp_path / "base", "vocab_size", 3000.5)  # still loads, but the merged folder cannot agree with it
-    before = sha256(made.merged)
-    shutil.copytree(made.merged, tmp_path / "old")
-    with pytest.raises((CourseError, TypeError)):
-        merge(dataclasses.replace(made.base, folder=tmp_path / "base"), made.adapter, tmp_path / "old")
-    assert sha256(tmp_path / "old") == before
+
+
+def test_a_merge_that_loses_a_file_keeps_the_old_folder(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "merged"
+    shutil.copytree(made.merged, old)
+    before, copy = sha256(old), shutil.copyfile
+    lose = "tokenizer.model"  # as transformers' own save does
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b, **kw: None if Path(a).name == lose else copy(a, b, **kw))
+    with pytest.raises(CourseError, match="tokenizer.model of the base is missing"):
+        merge(made.base, made.other, old)
+    assert sha256(old) == before
+    monkeypatch.undo()
+    merge(made.base, made.other, old)
+    assert sha256(old) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
 # ------------------------------------------------------------------------------------------------- GGUF
@@ -171,19 +190,18 @@ def blocks(values: numpy.ndarray) -> numpy.ndarray:
 def test_quantised_weights_stay_within_their_error_bound(made: SimpleNamespace) -> None:
     original = dequantised(made.files["f16"])
     errors = {}
-    for name, divisor, share in (("q8", 127, 0.5), ("q4", 8, 1.0)):
+    for name in ("q8", "q4"):
         for tensor, (kind, values) in dequantised(made.files[name]).items():
             before = original[tensor][1]
             if values.ndim == 1:
                 assert kind == "F32" and (values == before).all()
                 continue
-            if kind == "Q8_0":
-                divisor, share = 127, 0.5
-            else:
-                divisor, share = 8, 1.0  # -8..7: the largest value of the other sign is a whole step off
-            step = abs(blocks(before)).max(axis=1, keepdims=True) / divisor
+            # Q4_0 has -8..7: the largest weight of the other sign is a whole step off
+            levels, share = (127, 0.5) if kind == "Q8_0" else (8, 1.0)
+            step = abs(blocks(before)).max(axis=1, keepdims=True) / levels
             error = abs(blocks(values) - blocks(before))
-            assert (error <= share * step * 1.002 + 1e-7).all(), (name, tensor)  # the scale is a float16
+            rounded_scale = levels * (step * 2**-11 + 2**-25)  # the step is kept as a float16
+            assert (error <= share * step + rounded_scale).all(), (name, tensor)
             errors[name, tensor] = float(numpy.sqrt((error**2).mean()))
     matrices = {t for n, t in errors if n == "q4" and t != "token_embd.weight"}
     assert len(matrices) == 14
@@ -275,7 +293,7 @@ def test_parity_passes_on_the_good_files(made: SimpleNamespace, copied: SimpleNa
     assert (proof["same_ids"], proof["rows"]) == (True, 8)
     assert list(losses) == ["base", "adapter", "merged", "f16", "q8", "q4"]
     moved = abs(losses["adapter"] - losses["base"])
-    assert moved > 0.02
+    assert moved > 1
     assert all(abs(losses[h] - losses["adapter"]) < 0.1 * moved for h in ("merged", "f16", "q8"))
     assert losses["base"] == pytest.approx(nll(made.base.folder, made.rows), abs=1e-4)
 
@@ -289,12 +307,9 @@ def test_parity_fails_where_the_merged_model_is_the_base(made: SimpleNamespace, 
 
 @pytest.mark.parametrize("wrong", ["f16", "q8"])
 def test_parity_fails_where_a_gguf_comes_from_another_adapter(
-    wrong: str, made: SimpleNamespace, copied: SimpleNamespace, tmp_path: Path
+    wrong: str, made: SimpleNamespace, copied: SimpleNamespace
 ) -> None:
-    merge(made.base, made.other, tmp_path / "wrong")
-    to_gguf(tmp_path / "wrong", tmp_path / "f16.gguf")
-    quantise(tmp_path / "f16.gguf", tmp_path / "q8.gguf", "Q8_0")
-    shutil.copyfile(tmp_path / f"{wrong}.gguf", copied.files[wrong])
+    shutil.copyfile(made.wrong[wrong], copied.files[wrong])
     (problem,) = refused(made, copied, f"{wrong}: ")
     assert problem.startswith(f"{wrong}: ")
 
@@ -365,7 +380,8 @@ def test_a_chatml_template_keeps_its_own_first_token(made: SimpleNamespace, tmp_
     tokenizer.bos_token = "<start_of_turn>"
     tokenizer.chat_template = (
         "<start_of_turn>system\nYou help.<end_of_turn>\n{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
-        "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+        "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
     )
     (tmp_path / "models").mkdir()
     text = modelfile(tokenizer, tmp_path / "models" / "x.gguf", tmp_path / "Modelfile")
@@ -373,7 +389,3 @@ def test_a_chatml_template_keeps_its_own_first_token(made: SimpleNamespace, tmp_
     assert ollama_renders(text, PROMPT) == tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True
     )
-
-
-def test_row_type_is_what_parity_measures(made: SimpleNamespace) -> None:
-    assert all(isinstance(r, Rendered) and 0 < sum(r.mask) < len(r.ids) for r in made.rows)

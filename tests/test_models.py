@@ -316,6 +316,39 @@ def test_a_prompt_that_does_not_fit_is_refused(toys: SimpleNamespace) -> None:
             next(llama.ask(["a"], max_new_tokens=room + 1))
 
 
+def test_an_engine_that_is_asked_nothing_closes(toys: SimpleNamespace) -> None:
+    """xllamacpp waits for ever if it is closed before its loop has begun: now and then, so this tries often."""
+    code = "import sys\nfrom pathlib import Path\nfrom stakelib.models import engine\n"
+    code += "for _ in range(25):\n    with engine(*map(Path, sys.argv[1:])):\n        pass\nprint('closed')"
+    command = [sys.executable, "-c", code, str(toys.chain_gguf), str(toys.chain)]
+    root = Path(catalog.__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=90)
+    assert done.stdout.strip().endswith("closed"), done.stderr
+
+
+def test_the_loop_of_llama_cpp_runs_before_anything_is_asked(toys: SimpleNamespace, monkeypatch: Any) -> None:
+    import xllamacpp
+
+    class Server(xllamacpp.Server):
+        served = 0
+
+        def handle_completions(self, *args: Any) -> Any:
+            Server.served += 1
+            return super().handle_completions(*args)
+
+    monkeypatch.setattr(xllamacpp, "Server", Server)
+    with engine(toys.chain_gguf, toys.chain) as llama:
+        assert Server.served == 1
+        assert llama.tokenize("a") == render(llama.tokenizer, "a").ids
+
+
+def test_a_gguf_cut_short_is_named(toys: SimpleNamespace, tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(toys.chain_gguf.read_bytes()[:-100_000])
+    with pytest.raises(CourseError, match=r"llama\.cpp cannot load short\.gguf(.|\n)*run notebook 05 again"):
+        engine(short, toys.chain).__enter__()
+
+
 def test_sampling_follows_its_seed(toys: SimpleNamespace) -> None:
     with engine(toys.lively_gguf, toys.lively) as llama:
         said = [dict(llama.ask(["a"], max_new_tokens=24, temperature=1.5, seed=s))[0].text for s in (1, 1, 2)]

@@ -76,7 +76,14 @@ class LlamaCpp:
         params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = psutil.cpu_count(logical=False) or 2
         params.hostnames, params.ui, params.warmup, params.verbosity = ["127.0.0.1"], False, False, -1
-        self.server = xllamacpp.Server(params)
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as problem:
+            raise CourseError(
+                f"llama.cpp cannot load {self.gguf.name}: {problem}", "delete it and run notebook 05 again"
+            ) from problem
+        # One token, so that the server's loop has begun: closed before that, it would never end (xllamacpp 2026.10).
+        self.server.handle_completions({"prompt": stop_ids(self.tokenizer)[:1], "n_predict": 1})
         return self
 
     def __exit__(self, *_: object) -> None:
