@@ -152,6 +152,18 @@ def test_a_template_that_cannot_be_used_is_refused(tiny: BaseModel, broken: str 
         template(tokenizer)
 
 
+def test_an_end_mark_without_a_name_is_found(tiny: BaseModel, tmp_path: Path) -> None:
+    """Gemma 3 lists its turn signs as special tokens and gives them no role: they are in no list of named ones."""
+    shutil.copytree(tiny.folder, tmp_path / "unnamed")
+    file = tmp_path / "unnamed" / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "extra_special_tokens": []}), encoding="utf-8")
+    unnamed = load_tokenizer(tmp_path / "unnamed")
+    assert END not in unnamed.all_special_tokens
+    assert template(unnamed) == template(load_tokenizer(tiny.folder))
+    assert render(unnamed, f"a {END}", "b") == render(load_tokenizer(tiny.folder), f"a {END}", "b")
+
+
 def test_a_template_that_doubles_the_bos_is_refused(tiny: BaseModel) -> None:
     tokenizer = load_tokenizer(tiny.folder)
     tokenizer.chat_template = tokenizer.chat_template.replace("{% if add", "{{ '<bos>' }}{% if add")

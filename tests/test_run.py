@@ -315,10 +315,11 @@ def test_where_a_run_lies_by_default(home: Path, monkeypatch: pytest.MonkeyPatch
     assert default_folder("quick", "gemma-3-270m") == runs / "quick-gemma-3-270m"
     assert default_folder("quick", str(home / "my-model")) == runs / "quick-my-model"
     monkeypatch.setenv("STAKE_PROFILE", "smoke")
-    assert (Run.open().folder, Run.open().profile.rows) == (runs / "smoke", 63)
-    assert Run.open(profile="report").folder == runs / "report"
+    opened = Run.open
+    assert (opened().folder, opened().profile.rows) == (runs / "smoke", 63)
+    assert opened(profile="report").folder == runs / "report"
     monkeypatch.delenv("STAKE_PROFILE")
-    assert Run.open().profile.name == "quick"
+    assert opened().profile.name == "quick"
     monkeypatch.delenv("STAKE_RUN_ROOT")
     assert default_folder("quick") == Path(run_module.__file__).parents[1] / "runs" / "quick"
 

@@ -364,3 +364,26 @@ def test_the_chosen_precision_stands_in_the_result(
         results[kind] = train(run_with_rows(home / kind), FAST)
         assert results[kind]["precision_why"] == f"{kind} for this test"
         assert results[kind]["best_valid_loss"] == pytest.approx(whole.result["best_valid_loss"], abs=0.1)
+
+
+def test_the_best_adapter_is_kept_not_the_last(tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stakelib.training.peft_backend import RowTrainer
+
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def evaluate(self: Any, *_: Any, **__: Any) -> dict[str, float]:
+        """As the real one, but step 4 of 8 always wins."""
+        step = self.state.global_step
+        weights = {n.replace(".default", ""): p for n, p in self.model.named_parameters() if "lora_" in n}
+        seen[step] = {n: p.detach().clone() for n, p in weights.items()}
+        metrics = {"eval_loss": 1.0 + abs(step - 4)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(RowTrainer, "evaluate", evaluate)
+    run = run_with_rows(home / "run")
+    result = train(run, FAST)
+    assert (result["best_step"], result["best_valid_loss"], list(seen)) == (4, 1.0, [2, 4, 6, 8])
+    assert furthest(tensors(run), seen[4]) < 1e-6
+    assert furthest(tensors(run), seen[8]) > 1e-3

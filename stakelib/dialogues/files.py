@@ -54,8 +54,9 @@ def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def _dataset(path: Path, rows: list[dict[str, Any]], render_text: Callable[[str, str], str]) -> Path:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, disable_progress_bars
 
+    disable_progress_bars()  # in a notebook each leaves a dead widget behind
     columns = ("id", "prompt", "completion", "stakeholder", "scenario", "split")
     parts = {}
     for name in SPLITS:

@@ -49,7 +49,10 @@ def template(tokenizer: Any) -> Template:
         raise CourseError(
             f"the chat template cannot be used: {problem}", "choose a model of the list with --model"
         ) from problem
-    end = next((t for t in tokenizer.all_special_tokens if after.startswith(t)), None)
+    # all_special_tokens holds the named ones only (bos, eos...), and Gemma 3 gives its end of turn no name
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    control = [*tokenizer.all_special_tokens, *added]
+    end = next((t for t in control if after.startswith(t)), None)
     if end is None or opening != before + PROMPT + between:
         raise CourseError(
             [f"the chat template ends an answer with {after!r}", f"and opens one with {opening!r}"],
