@@ -178,7 +178,9 @@ def bare_course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(course, "REQUIREMENTS", requirements)
 
     def make() -> None:
-        venv.mkdir(exist_ok=True)
+        spec = venv / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+        spec.parent.mkdir(parents=True, exist_ok=True)
+        spec.write_text('{"argv": ["python"]}', encoding="utf-8")  # as ipykernel writes it
         python.write_text("", encoding="utf-8")
 
     monkeypatch.setattr(course, "make_venv", make)
@@ -214,6 +216,8 @@ def test_an_interrupted_set_up_is_done_again(broken: str, bare_course: Path, mon
     monkeypatch.setattr(course, "quiet", lambda command: (0, "2.13.0"))
     course.set_up()
     assert course.is_set_up()
+    kernel = course.VENV / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+    assert json.loads(kernel.read_text(encoding="utf-8"))["argv"] == ["python", "--IPKernelApp.log_level=40"]
 
 
 def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,24 @@ def test_collate_marks_what_is_not_learned() -> None:
     from stakelib.training.peft_backend import collate
 
     batch = collate([Rendered([5, 6, 7], [0, 1, 1])])
-    assert batch["labels"].tolist() == [[-100, 6, 7]]
-    assert batch["input_ids"].tolist() == [[5, 6, 7]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, *[-100] * 61]]  # lengths are multiples of 64
+    assert batch["input_ids"].tolist()[0][:3] == [5, 6, 7]
+    assert collate([Rendered([5] * 64, [1] * 64)])["input_ids"].shape == (1, 64)
+
+
+def test_the_padding_changes_no_loss(tiny: BaseModel) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from stakelib.models import row_nll
+    from stakelib.training.peft_backend import collate, row_loss
+
+    row = Rendered(list(range(110, 150)), [0] * 20 + [1] * 20)
+    model = get_peft_model(load_weights(tiny.folder, dtype="float32"), LoraConfig(target_modules=["q_proj"]))
+    total, count = row_loss(model, collate([row]))
+    assert count == 20
+    assert total.item() == pytest.approx(row_nll(model, row), rel=1e-5)
+    other = Rendered(row.ids[:-1] + [151], row.mask)
+    assert total.item() != pytest.approx(row_nll(model, other), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- training
