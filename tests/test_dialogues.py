@@ -13,7 +13,8 @@ from stakelib.dialogues import GUIDE_MIX, Dialogue, build, check, guide_test_pro
 from stakelib.dialogues.numbers import mentions
 from stakelib.run import CourseError
 from stakelib.scenarios import sample
-from stakelib.voices import STAKEHOLDERS
+from stakelib.scenarios.metrics import METRICS
+from stakelib.voices import STAKEHOLDERS, respond
 
 SCENARIOS = sample(60, seed=0)
 ROWS = split(build(SCENARIOS))
@@ -61,6 +62,17 @@ def test_ids_and_rows_are_stable() -> None:
     assert len({r.id for r in ROWS}) == 500
     some = build(SCENARIOS, mix={"public": 10})
     assert {r.id for r in some} <= {r.id for r in ROWS}
+
+
+def test_each_row_has_its_own_choice_of_figures() -> None:
+    """A brief of few metrics, chosen before the stakeholder speaks: no page of 30 figures, no two prompts alike."""
+    labels = [label for label, *_ in METRICS.values()]
+    shown = [{label for label in labels if re.search(rf"^- {label}( \d{{4}})?:", r.prompt, re.M)} for r in ROWS]
+    assert max(map(len, shown)) <= 8 and len({frozenset(s) for s in shown}) > 200
+    assert all({f.metric for f in r.facts} <= s for r, s in zip(ROWS, shown, strict=True))
+    told = respond(SCENARIOS[0], "grid-operators", keys=["re_share"])
+    assert {f.metric for f in told.facts} == {"Renewable Share"}
+    assert len({f.metric for f in respond(SCENARIOS[0], "grid-operators").facts}) > 1
 
 
 def test_build_refuses_unknown_groups_and_nothing() -> None:

@@ -11,11 +11,16 @@ from pydantic import BaseModel
 from stakelib.dialogues.formats import completion_text, prompt_text
 from stakelib.run import CourseError
 from stakelib.scenarios import Scenario, country_profile, scenario_id
+from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import CONTEXTS, STAKEHOLDERS, VARIANTS, Fact, respond
 
 # the fine-tuning guide's 500 rows
 GUIDE_MIX = {"policy-makers": 60, "grid-operators": 60, "industry": 55, "public": 55, "csos-ngos": 55, "scientific": 55,
              "finance": 55, "regional-bodies": 55, "development-partners": 50}
+
+
+ALWAYS = ("re_share", "investment")  # metrics of every prompt, where known
+BRIEF = (3, 6)  # and how many of those that the stakeholder would speak about
 
 
 class Dialogue(BaseModel):
@@ -46,6 +51,19 @@ def mix_for(total: int) -> dict[str, int]:
     return mix
 
 
+def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed: int) -> list[str]:
+    """The metrics to lay before a stakeholder: the guide's two, and some of those that it would speak about.
+
+    A page of 30 figures makes a small model mix them up, and no two users give the same ones; so each row has its own
+    choice, made before the stakeholder speaks, and says nothing that goes beyond it.
+    """
+    full = respond(scenario, stakeholder, context=context, variant=variant, seed=seed)
+    labels = {fact.metric for fact in full.facts}
+    own = [key for key, (label, *_) in METRICS.items() if label in labels and key not in ALWAYS]
+    rng = random.Random(f"brief-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
+    return [*ALWAYS, *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
+
+
 def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = None, seed: int = 0) -> list[Dialogue]:
     """Rows for `scenarios`: `mix` is rows per stakeholder id, or a total in the guide's distribution (default 500).
 
@@ -73,8 +91,9 @@ def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = N
 def _row(scenario: Scenario, name: str, context: str, variant: str, seed: int, seen: dict[str, int]) -> Dialogue:
     key = f"{scenario_id(scenario)}.{name}.{context}.{variant}"
     turn = seen[key] = seen.get(key, -1) + 1
-    response = respond(scenario, name, context=context, variant=variant, seed=seed + 1000 * turn)
-    return Dialogue(id=f"{key}.{turn}", prompt=prompt_text(scenario, name, context, variant),
+    keys = brief(scenario, name, context, variant, seed + 1000 * turn)
+    response = respond(scenario, name, context=context, variant=variant, seed=seed + 1000 * turn, keys=keys)
+    return Dialogue(id=f"{key}.{turn}", prompt=prompt_text(scenario, name, context, variant, keys),
                     completion=completion_text(response), stakeholder=STAKEHOLDERS[name].name, stakeholder_id=name,
                     scenario=scenario.metadata.scenarioName, scenario_id=scenario_id(scenario),
                     country=scenario.metadata.country, context=context, variant=variant, facts=response.facts)

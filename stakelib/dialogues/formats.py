@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import groupby
 
 from stakelib.scenarios import Metric, Scenario, country_profile, derive_metrics, sample
+from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import STAKEHOLDERS, Response
 
 HEADINGS = ("Initial Reaction", "Appreciates", "Concerns", "Questions", "Engagement Tips")
@@ -28,23 +30,27 @@ FINANCE_TEST = """You are simulating a Financial Institution stakeholder reviewi
 Respond as this stakeholder would."""
 
 
-def prompt_text(scenario: Scenario, stakeholder: str, context: str, variant: str) -> str:
-    """The guide's prompt: every figure that a response may use, with unit and year, and what decides its wording."""
+def prompt_text(scenario: Scenario, stakeholder: str, context: str, variant: str,
+                keys: Collection[str] = tuple(METRICS)) -> str:
+    """The guide's prompt: every figure that a response may use, with unit and year, and what decides its wording.
+
+    `keys`: the metrics to print, the same as given to `respond`; all if not given.
+    """
     profile = STAKEHOLDERS[stakeholder]
     return "\n".join([
         f"You are simulating a {profile.name} stakeholder reviewing an energy scenario.", "",
-        "**Scenario Context**:", *_scenario_lines(scenario),
+        "**Scenario Context**:", *_scenario_lines(scenario, keys),
         f"- Development Context: {context}", f"- Stakeholder Stance: {variant}", "",
         f"**Stakeholder Priorities**: {', '.join(profile.priorities)}", "",
         "Respond as this stakeholder would, addressing their concerns and interests."])
 
 
-def _scenario_lines(scenario: Scenario) -> list[str]:
+def _scenario_lines(scenario: Scenario, keys: Collection[str] = tuple(METRICS)) -> list[str]:
     lines = [f"- Country: {scenario.metadata.country}", f"- Scenario: {scenario.metadata.scenarioName}"]
     if place := country_profile(scenario.metadata.country):
         kind = "Regional Body" if place["island"] else "Power Pool"
         lines.append(f"- {kind}: {place['pool']}" + (" (isolated island grid)" if place["island"] else ""))
-    for _, group in groupby(derive_metrics(scenario).shown(), key=lambda m: m.key):
+    for _, group in groupby(derive_metrics(scenario).only(keys).shown(), key=lambda m: m.key):
         lines += _metric_lines(list(group))
     return lines
 

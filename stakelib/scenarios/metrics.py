@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from importlib.resources import files
@@ -109,6 +110,10 @@ class Metrics:
     def get(self, key: str, slot: str) -> Metric | None:
         """The figure of `key` for a slot ("near") of this scenario, or None when unknown."""
         return self.figures.get((key, self.slots.get(slot, -1)))
+
+    def only(self, keys: Collection[str]) -> Metrics:
+        """The same scenario as if nothing but the metrics `keys` were known of it."""
+        return Metrics(self.slots, {at: m for at, m in self.figures.items() if m.key in keys})
 
     def shown(self) -> list[Metric]:
         """The figures that a prompt prints, in order; a technology that stays at zero is left out."""

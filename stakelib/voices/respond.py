@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import jinja2
 from pydantic import BaseModel
 
 from stakelib.run import CourseError
-from stakelib.scenarios import Metric, Scenario, country_profile, derive_metrics, scenario_id
+from stakelib.scenarios import Metric, Metrics, Scenario, country_profile, derive_metrics, scenario_id
 from stakelib.scenarios.metrics import METRICS, ratios
 from stakelib.voices.profiles import (
     CONTEXTS,
@@ -88,10 +88,10 @@ class _Figure:
 class _Speaker:
     """One response in the making: the scenario's figures, the bars of this stance, and the dice."""
 
-    def __init__(self, scenario: Scenario, profile: Profile, context: str, variant: str, seed: int) -> None:
+    def __init__(self, scenario: Scenario, metrics: Metrics, profile: Profile, context: str, variant: str,
+                 seed: int) -> None:
         self.profile, self.variant, self.context = profile, variant, context
         self.rng = random.Random(f"{seed}|{scenario_id(scenario)}|{profile.id}|{context}|{variant}")
-        metrics = derive_metrics(scenario)
         shown = metrics.shown()
         place = country_profile(scenario.metadata.country)
         self.values: dict[str, Any] = ratios(metrics)
@@ -197,25 +197,27 @@ def _topic(point: Any) -> str:
 
 
 def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", variant: str = "pragmatic",
-            seed: int = 0) -> Response:
+            seed: int = 0, keys: Collection[str] = tuple(METRICS)) -> Response:
     """What `stakeholder` (an id such as "finance") says about `scenario`; the same for the same arguments.
 
-    `context`: least-developed, emerging or developed; `variant`: conservative, pragmatic or progressive. States
-    only what the scenario's figures hold, and asks about what is missing. Raises CourseError for unknown names.
+    `context`: least-developed, emerging or developed; `variant`: conservative, pragmatic or progressive; `keys`: the
+    metrics it is told, all if not given. States only what these figures hold, and asks about what is missing. Raises
+    CourseError for unknown names.
     """
     known = {"stakeholder": (stakeholder, tuple(STAKEHOLDERS)), "context": (context, CONTEXTS),
              "variant": (variant, VARIANTS)}
     if bad := [f"{what} {name!r} is not one of {', '.join(names)}" for what, (name, names) in known.items()
                if name not in names]:
         raise CourseError(bad, "use one of the names above.")
-    turns = [_once(scenario, STAKEHOLDERS[stakeholder], context, variant, seed)]
+    told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
+    turns = [_once(scenario, told, profile, context, variant, seed)]
     while len(turns[-1].facts) < MIN_FACTS and len(turns) < 8:  # vague words came up: choose others
-        turns.append(_once(scenario, STAKEHOLDERS[stakeholder], context, variant, seed + 7919 * len(turns)))
+        turns.append(_once(scenario, told, profile, context, variant, seed + 7919 * len(turns)))
     return max(turns, key=lambda r: min(len(r.facts), MIN_FACTS))
 
 
-def _once(scenario: Scenario, profile: Profile, context: str, variant: str, seed: int) -> Response:
-    speaker = _Speaker(scenario, profile, context, variant, seed)
+def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, variant: str, seed: int) -> Response:
+    speaker = _Speaker(scenario, told, profile, context, variant, seed)
     good, bad = COUNTS[variant]
     praise, topics = speaker.pick(profile.appreciation, "praise", good)
     worries = speaker.worries(bad, topics)
