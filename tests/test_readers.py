@@ -372,7 +372,7 @@ def test_tool_mode_by_hand() -> None:
 SAMPLE = Path(os.environ.get("STAKE_TOOL_SAMPLE", "none"))
 
 
-@pytest.mark.skipif(not SAMPLE.is_file(), reason="STAKE_TOOL_SAMPLE names no file (the tool's own scenarioland-baseline)")
+@pytest.mark.skipif(not SAMPLE.is_file(), reason="STAKE_TOOL_SAMPLE names no file (the tool's own sample)")
 def test_tool_mode_equals_the_tool_on_its_own_sample() -> None:
     (scenario,) = load(SAMPLE)
     found = derive_metrics(scenario, mode="tool").figures

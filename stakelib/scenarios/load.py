@@ -117,7 +117,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _field(location: tuple[int | str, ...]) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".") or "scenario"
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p[:60]}" for p in location).lstrip(".") or "scenario"
 
 
 def scenario_id(scenario: Scenario) -> str:

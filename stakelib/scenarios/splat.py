@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable
 from importlib.resources import files
@@ -48,11 +49,16 @@ class Mapping(BaseModel):
         return f"(?i){value}"
 
 
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Mapping:
+    return Mapping.model_validate(yaml.safe_load(text))
+
+
 def read_mapping(path: str | Path | None = None) -> Mapping:
     """The mapping in `path`, else splat.yaml. Raises CourseError with every problem, each with file and place."""
     source = Path(path) if path else files(__package__).joinpath("splat.yaml")
     try:
-        return Mapping.model_validate(yaml.safe_load(source.read_text(encoding="utf-8")))
+        return _parsed(source.read_text(encoding="utf-8"))
     except ValidationError as error:
         problems = [f"{source.name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
