@@ -135,10 +135,13 @@ def test_what_no_rule_fits_is_listed(tmp_path: Path) -> None:
     odd = rows("Kestrelia", "base", "KQHEAT1", "Heat pump", "Other > Diesel PP", "Output", line(5, 0), "Heat/Final")
     odd += rows("Kestrelia", "base", "KQDSRC00", "Generic", "Other > Diesel PP", "Water Use", line(5, 0))
     odd += [r | {"Gx.Country": " "} for r in BASE[:4]]
-    scenario = load(written(tmp_path, text_of(BASE + odd)))[0]
+    pool = {"Gx.Country": "Pool", "Technology": "POOL", "Tech.Description": "", "TechSetL1": "", "TechSetL2": "Trade"}
+    odd += [r | pool for r in BASE[:2]]
+    (scenario,) = load(written(tmp_path, text_of(BASE + odd)))
     assert len(warned(scenario, "'KQTDST01' (Tidal stream) fit no rule")) == 1
     assert warned(scenario, "outputs of plants on 'Heat/Final'") and warned(scenario, "parameter 'Water Use'")
     assert warned(scenario, "4 rows without scenario or country")
+    assert warned(scenario, "2 rows of 'Pool', 'base', where no plant is")
     assert scenario.milestones == load(written(tmp_path, text_of(BASE)))[0].milestones
     own = [["Technology", "^KQTDST", "hydro"], *rules()]  # a planner who counts tidal power as hydro says so
     mended = load(written(tmp_path, text_of(BASE)), mapping=edited_mapping(tmp_path, rules=own))[0]

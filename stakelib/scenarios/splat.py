@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Collection, Iterable
 from importlib.resources import files
@@ -82,11 +83,15 @@ def read_splat(table: pd.DataFrame, name: str, years: Collection[int] | None, ma
     nowhere = (table["Scenario"].str.strip() == "") | (table["Gx.Country"].str.strip() == "")
     lost = _lost("rows without scenario or country", table[nowhere])
     table = table.assign(value=table["Value"] * factors)[~nowhere]
-    found = [_scenario(country, scenario, part, name, years, mapping, lost)
-             for (scenario, country), part in table.groupby(["Scenario", "Gx.Country"], sort=False)]
-    if not found:
-        raise CourseError([f"{name}: no row has a scenario and a country", *lost], NEXT)
-    return found
+    groups = [(*key, part) for key, part in table.groupby(["Scenario", "Gx.Country"], sort=False)]
+    empty = [not (part["class"].isin(PLANTS) & part["use"].isin(("capacity", "output"))).any() for *_, part in groups]
+    for scenario, country, part in itertools.compress(groups, empty):  # a power pool's trade, a name misspelt
+        lost += _lost(f"rows of {country[:40]!r}, {scenario[:40]!r}, where no plant is,", part)
+    if all(empty):
+        raise CourseError([f"{name}: no capacity or output of a plant", *(f"{name}: {text}" for text in lost)],
+                          "check that the rules of the mapping (stakelib/scenarios/splat.yaml) fit this file.")
+    return [_scenario(country, scenario, part, name, years, mapping, lost)
+            for (scenario, country, part), none in zip(groups, empty, strict=True) if not none]
 
 
 def _classes(table: pd.DataFrame, mapping: Mapping) -> pd.Series:
@@ -124,12 +129,12 @@ def _left_out(part: pd.DataFrame, electric: pd.Series) -> list[str]:
     """What is known of the rows that do not count, technology by technology."""
     found: list[str] = []
     for (code, text), rows in part[part["class"].isna()].groupby(["Technology", "Tech.Description"], sort=False):
-        found += _lost(f"rows of {code!r} ({text or 'no description'}) fit no rule of the mapping:", rows)
+        found += _lost(f"rows of {code[:40]!r} ({text[:60] or 'no description'}) fit no rule of the mapping:", rows)
     for parameter, rows in part[part["use"].isna()].groupby("Par/Var", sort=False):
-        found += _lost(f"rows of the unknown parameter {parameter!r}", rows)
+        found += _lost(f"rows of the unknown parameter {parameter[:40]!r}", rows)
     other = part[part["class"].isin(PLANTS) & (part["use"] == "output") & ~electric]
     for commodity, rows in other.groupby("OutputCom", sort=False):
-        found += _lost(f"outputs of plants on {commodity!r}, which is not electricity,", rows)
+        found += _lost(f"outputs of plants on {commodity[:40]!r}, which is not electricity,", rows)
     more = [f"and {len(found) - SHOWN} more kinds of rows"] if len(found) > SHOWN else []
     return found[:SHOWN] + more
 
@@ -168,7 +173,7 @@ def _scenario(country: str, scenario: str, part: pd.DataFrame, name: str, years:
     part = part[~plant_output | electric]
     charging = plant_output & (part["value"] < 0)  # pumps and exports take electricity: never negative generation
     sums = _Sums(part.assign(use=part["use"].mask(charging, "charging")))
-    chosen, more = _milestone_years(sums, years, f"{name}: {country}, {scenario}")
+    chosen, more = _milestone_years(sums, years, f"{name}: {country[:40]}, {scenario[:40]}")
     warnings += more + _balance(sums, chosen)
     if curtailed := sorted(sums.years("curtailment", CLASSES) | sums.years("output", ["curtailment"])):
         warnings.append(f"curtailment of {', '.join(map(str, curtailed))} is as reported; it may not be complete")
@@ -183,8 +188,7 @@ def _milestone_years(sums: _Sums, years: Collection[int] | None, where: str) -> 
     """The years asked for, else the usual ones that the file has, else its first, middle and last."""
     known = sorted(sums.years("output", PLANTS) or sums.years("capacity", PLANTS))
     if not known:
-        raise CourseError(f"{where}: no capacity or output of a plant",
-                          "check that the rules of the mapping (stakelib/scenarios/splat.yaml) fit this file.")
+        raise CourseError(f"{where}: plants without capacity and without electricity", NEXT)
     if missing := sorted(set(years or ()) - set(known)):
         raise CourseError(f"{where}: no data for {', '.join(map(str, missing))}",
                           f"ask for years between {known[0]} and {known[-1]}.")
