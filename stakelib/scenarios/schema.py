@@ -184,7 +184,7 @@ class Metadata(_Part):
     description: str | None = None
     derived: list[str] | None = None  # assumptions behind figures that the file itself does not state
     warnings: list[str] | None = None  # what a reader left out or doubts
-    cell: dict[str, str] | None = Field(None, exclude=True)  # where in the sampler's grid; never written to files
+    cell: dict[str, str] | None = Field(None, exclude=True)  # the sampler's axes; never written out
 
 
 class Scenario(_Part):
