@@ -80,7 +80,8 @@ def read_splat(table: pd.DataFrame, name: str, years: Collection[int] | None, ma
     factors, unknown = _factors(table, name, mapping)
     if problems := problems + bad + unknown:
         raise CourseError(problems, NEXT)
-    nowhere = (table["Scenario"].str.strip() == "") | (table["Gx.Country"].str.strip() == "")
+    table = table.assign(**{c: table[c].str.strip() for c in ("Scenario", "Gx.Country")})
+    nowhere = (table["Scenario"] == "") | (table["Gx.Country"] == "")
     lost = _lost("rows without scenario or country", table[nowhere])
     table = table.assign(value=table["Value"] * factors)[~nowhere]
     groups = [(*key, part) for key, part in table.groupby(["Scenario", "Gx.Country"], sort=False)]
@@ -178,7 +179,7 @@ def _scenario(country: str, scenario: str, part: pd.DataFrame, name: str, years:
     if curtailed := sorted(sums.years("curtailment", CLASSES) | sums.years("output", ["curtailment"])):
         warnings.append(f"curtailment of {', '.join(map(str, curtailed))} is as reported; it may not be complete")
     fleet = {str(y): {t: sums.total("capacity", [t], y) for t in PLANTS} for y in chosen}
-    metadata = {"country": country.strip(), "scenarioName": scenario.strip(), "modelVersion": "SPLAT",
+    metadata = {"country": country, "scenarioName": scenario, "modelVersion": "SPLAT",
                 "sourceFile": name, "derived": DERIVED, "warnings": warnings or None}
     return {"metadata": metadata, "detailedTech": fleet,
             "milestones": [_milestone(sums, y, chosen[i - 1] if i else None) for i, y in enumerate(chosen)]}
