@@ -2,8 +2,8 @@
 
 template.csv is an example to fill in: one row per year and quantity, with the columns country, scenario, year,
 quantity, value and unit. A quantity is re_share, investment (cumulative), emissions, peak_demand, om_costs,
-curtailment, imports; capacity, generation or additions (MW per year) followed by renewables, fossil, storage or other; or a
-technology of the schema (installed capacity). What has no row is unknown, not zero. Units: units.json.
+curtailment, imports; or capacity, generation, additions (MW per year) followed by renewables, fossil, storage or
+other; or a technology of the schema (installed capacity). What has no row is unknown, not zero. Units: units.json.
 """
 
 from __future__ import annotations
