@@ -139,7 +139,7 @@ def checked(path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("kind", "count"), [("json", 700), ("old", 550), ("template", 450), ("splat", 300)])
+@pytest.mark.parametrize(("kind", "count"), [("json", 800), ("old", 600), ("template", 400), ("splat", 200)])
 def test_two_thousand_damaged_files(kind: str, count: int, tmp_path: Path) -> None:
     path = tmp_path / f"mine-{kind}.txt"
     path.write_bytes(encoded(BASES[kind]))
