@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from stakelib.run import CourseError
 from stakelib.scenarios import country_profile, derive_metrics, load, sample, scenario_id
 from stakelib.scenarios.metrics import Metric, factors, ratios, round_half_up
+from stakelib.scenarios.sampler import LOAD_FACTOR
 
 FIXTURE = Path(__file__).parent / "data" / "two-scenarios.json"
 RAW = json.loads(FIXTURE.read_text(encoding="utf-8"))
@@ -197,6 +199,46 @@ def test_sampled_fleet_is_consistent(scenario) -> None:
                 if factors()[t].get("co2")
             )
             assert m.emissions.total == pytest.approx(burnt / 1e6, abs=0.001)
+
+
+@pytest.mark.parametrize("scenario", sample(150, seed=8), ids=scenario_id)
+def test_sampled_additions_and_peak_follow_from_the_fleet(scenario) -> None:
+    table = scenario.detailedTech
+    for before, m in zip([None, *scenario.milestones], scenario.milestones, strict=False):
+        if m.peakDemand:  # renewables are not retired, so that a few fleets give up to a sixth more than is needed
+            made = (m.generation.output.renewables + m.generation.output.fossil) / 8.76 / LOAD_FACTOR
+            assert made == pytest.approx(m.peakDemand.value, rel=0.2, abs=2)
+        if table is None or before is None or m.capacityAdditions is None:
+            continue
+        added: dict[str, float] = {}
+        for tech, mw in table[m.year]:
+            if mw is not None:
+                kind, old = factors()[tech]["kind"], getattr(table[before.year], tech)
+                added[kind] = added.get(kind, 0) + max(0.0, mw - old) / (m.year - before.year)
+        for kind in ("renewables", "fossil", "other"):
+            assert getattr(m.capacityAdditions.additions, kind) == pytest.approx(added[kind])
+
+
+def test_samples_cover_the_axes() -> None:
+    cells = [s.metadata.cell for s in sample(300, seed=7)]
+    pools = {country_profile(s.metadata.country)["pool"] for s in SAMPLES}
+    assert pools >= {"SAPP", "EAPP", "WAPP"}
+    seen = {axis: Counter(cell[axis] for cell in cells) for axis in cells[0]}
+    assert set(seen["geography"]) >= {"Southern Africa", "East Africa", "West Africa", "Mainland Asia", "Island states"}
+    for axis, values in {"mix": 4, "ambition": 3, "investment": 3, "challenge": 4}.items():
+        assert len(seen[axis]) == values and min(seen[axis].values()) >= 30, axis
+    assert len({(c["mix"], c["ambition"]) for c in cells}) == 12
+    assert len({tuple(c.values()) for c in cells}) >= 200
+    assert "cell" not in SAMPLES[0].model_dump()["metadata"]  # identifiers and files do not hold it
+
+
+def test_resources_stay_within_the_country() -> None:
+    for scenario in sample(300, seed=7):
+        place, table = country_profile(scenario.metadata.country), scenario.detailedTech or {}
+        for fleet in table.values():
+            there = {t for t, mw in fleet if mw and factors()[t]["kind"] in ("renewables", "fossil")}
+            assert there <= {*place["mix"], *place["resources"]}
+            assert not (place["island"] and fleet.interconnector)
 
 
 def test_some_samples_lack_data() -> None:

@@ -11,46 +11,33 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from importlib.resources import files
+from typing import Any, Literal
 
 from stakelib.scenarios.schema import Scenario, Technologies
 
+
+@functools.cache
+def _table(name: str) -> dict[str, dict[str, Any]]:
+    table = json.loads(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+    return {key: row for key, row in table.items() if isinstance(row, dict)}
+
+
 # key: (label in the prompt, unit, years shown)
 METRICS: dict[str, tuple[str, str, str]] = {
-    "re_share": ("Renewable Share", "%", "near far end"),
-    "investment": ("Investment", "m$", "near far"),
-    "yearly_investment": ("Yearly Investment", "m$/yr", "near far"),
-    "jobs": ("Jobs Created", "jobs", "near far"),
-    "permanent_jobs": ("Permanent Jobs", "jobs", "near far"),
-    "emission_cut": ("Emissions Reduction", "%", "near far end"),
-    "emissions": ("Emissions", "Mt CO2", "base far"),
-    "peak": ("Peak Demand", "MW", "near far"),
-    "vre_share": ("Solar and Wind Share of Capacity", "%", "near far"),
-    "additions": ("Renewable Additions", "MW/yr", "near far"),
-    "re_capacity": ("Renewable Capacity", "MW", "near far"),
-    "fossil_capacity": ("Fossil Capacity", "MW", "near far"),
-    "hydro": ("Hydro Capacity", "MW", "near far"),
-    "solar": ("Solar PV Capacity", "MW", "near far"),
-    "wind": ("Wind Capacity", "MW", "near far"),
-    "geothermal": ("Geothermal Capacity", "MW", "near far"),
-    "biomass": ("Biomass Capacity", "MW", "near far"),
-    "coal": ("Coal Capacity", "MW", "near far"),
-    "gas": ("Gas Capacity", "MW", "near far"),
-    "diesel": ("Diesel Capacity", "MW", "near far"),
-    "hfo": ("Fuel Oil Capacity", "MW", "near far"),
-    "storage": ("Storage Capacity", "MW", "near far"),
-    "interconnector": ("Interconnector Capacity", "MW", "near far"),
-    "imports": ("Imports", "GWh", "near far"),
-    "land": ("New Land", "ha", "near far"),
-}
+    key: (row["label"], row["unit"], row["years"]) for key, row in _table("metrics.json").items() if row["years"]}
 TECH = {"hydro": "hydro", "solar": "solarPV", "wind": "wind", "geothermal": "geothermal", "biomass": "biomass",
         "coal": "coal", "gas": "gas", "diesel": "diesel", "hfo": "hfo", "interconnector": "interconnector"}
 
 
-@functools.cache
-def factors() -> dict[str, dict[str, float]]:
+def factors() -> dict[str, dict[str, Any]]:
     """Factors per technology (see `about` in factors.json for units and sources)."""
-    table = json.loads(files(__package__).joinpath("factors.json").read_text(encoding="utf-8"))
-    return {name: row for name, row in table.items() if isinstance(row, dict)}
+    return _table("factors.json")
+
+
+def explain(key: str) -> dict[str, str]:
+    """Metric, label, unit, formula, inputs and source of one figure (metrics.json)."""
+    row = _table("metrics.json")[key]
+    return {"metric": key} | {name: row[name] for name in ("label", "unit", "formula", "inputs", "source")}
 
 
 def round_half_up(value: float, digits: int = 0) -> float:
@@ -78,11 +65,11 @@ class Metric:
 
     @property
     def label(self) -> str:
-        return METRICS[self.key][0]
+        return _table("metrics.json")[self.key]["label"]
 
     @property
     def unit(self) -> str:
-        return METRICS[self.key][1]
+        return _table("metrics.json")[self.key]["unit"]
 
     @property
     def number(self) -> str:
@@ -143,13 +130,19 @@ def slots(scenario: Scenario) -> dict[str, int]:
     return named
 
 
-def derive_metrics(scenario: Scenario) -> Metrics:
+def derive_metrics(scenario: Scenario, mode: Literal["default", "tool"] = "default") -> Metrics:
     """Figures of every milestone, each with unit and year; what the data do not hold is absent.
+
+    `mode="tool"`: the Scenario Dialogue Tool's own figures, for comparison only (tool_mode.py says what they count).
 
     Jobs count capacity built since the first milestone: job-years of construction spread over the years since the
     milestone before, plus permanent posts. Land: new solar, wind and battery sites. Yearly investment: the
     difference of cumulative values. Emissions reduction and additions: against the first and the previous milestone.
     """
+    if mode == "tool":
+        from stakelib.scenarios.tool_mode import tool_metrics
+
+        return tool_metrics(scenario)
     found: dict[tuple[str, int], Metric] = {}
     for index, milestone in enumerate(scenario.milestones):
         raw = {**_stated(scenario, index), **_from_fleet(scenario, index)}

@@ -37,7 +37,10 @@ def country_profile(country: str) -> dict[str, Any]:
 
 
 def sample(n: int, seed: int = 0) -> list[Scenario]:
-    """`n` synthetic scenarios over about n/2 countries (at least six where n allows); the same for the same seed."""
+    """`n` synthetic scenarios over about n/2 countries (at least six where n allows); the same for the same seed.
+
+    metadata.cell says where each stands on the axes geography, mix, ambition, investment and challenge.
+    """
     rng = random.Random(f"sample-{seed}")
     countries = _spread(rng, min(len(_countries()), max(min(n, 6), round(n * 0.47))))
     cells = [(m, a) for m in MIXES for a in AMBITION]
@@ -91,7 +94,11 @@ def _one(country: str, mix: str, ambition: str, rng: random.Random) -> Scenario:
     name = rng.choice(NAMES[ambition]).format("Mixed Renewable" if mix == "Balanced" else mix)
     data = {"metadata": {"country": country, "scenarioName": name, "modelVersion": "synthetic"},
             "milestones": milestones, "detailedTech": tech}
-    return Scenario.model_validate(_with_gaps(data, rng))
+    scenario = Scenario.model_validate(_with_gaps(data, rng))
+    band = "below 1 B$" if spent < 1000 else "1-3 B$" if spent <= 3000 else "above 3 B$"
+    scenario.metadata.cell = {"geography": row["region"], "mix": mix, "ambition": ambition, "investment": band,
+                              "challenge": challenge}
+    return scenario
 
 
 def _fleets(row: dict[str, Any], years: list[int], mix: str, ambition: str, challenge: str,

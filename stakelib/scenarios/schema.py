@@ -5,17 +5,44 @@ A field that a file does not give stays None: unknown, which is not zero.
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+from importlib.resources import files
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+KINDS = {"renewables": ("hydro", "solarPV", "solarCSP", "wind", "geothermal", "biomass"),
+         "fossil": ("coal", "gas", "diesel", "hfo"), "storage": ("battery", "pumpStorage"),
+         "other": ("nuclear", "interconnector")}  # the technologies of each category
 LARGEST = 1e9  # above any national figure in the units below; keeps sums finite
 Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False, strict=True)]
 
-POWER = {"MW": 1.0, "GW": 1e3, "kW": 1e-3}
-ENERGY = {"GWh": 1.0, "TWh": 1e3, "MWh": 1e-3}
-MONEY = {"m$": 1.0, "million USD": 1.0, "B$": 1e3, "k$": 1e-3, "USD": 1e-6}
-EMISSIONS = {"Mt CO2": 1.0, "kt CO2": 1e-3, "t CO2": 1e-6}
+
+
+@functools.cache
+def units() -> dict[str, dict[str, float]]:
+    """units.json: for each standard unit (MW, GWh, m$, Mt CO2) the spellings that are read, with their factors."""
+    table = json.loads(files(__package__).joinpath("units.json").read_text(encoding="utf-8"))
+    return {name: row for name, row in table.items() if isinstance(row, dict)}
+
+
+def unit_factor(text: str, standard: str) -> float:
+    """What a value in unit `text` is multiplied by to be in `standard`; ValueError for a unit not in units.json.
+
+    Blanks do not count; neither does upper or lower case, except for emissions: "mt" may mean a metric ton.
+    """
+    known = units()[standard]
+    key = re.sub(r"[\s_]+", "", text).replace("₂", "2")
+    if standard == "Mt CO2":
+        key = key.removesuffix("CO2")
+    else:
+        known, key = {name.casefold(): factor for name, factor in known.items()}, key.casefold()
+    if key not in known:
+        names = ", ".join(list(units()[standard])[:4])
+        raise ValueError(f"unit {text[:40]!r} is not known for {standard} ({names} and others are: units.json)")
+    return known[key]
 
 
 def _one_line(text: str) -> str:
@@ -42,65 +69,74 @@ class Mix(_Part):
     other: Amount | None = None
 
 
-class _Measured(_Part):
-    """Something with a unit: the first unit of UNITS is the standard one, to which values are converted."""
+def re_share(output: dict[str, float | None]) -> float | None:
+    """Percent of generation that is renewable, storage left out; None where a part of the sum is unknown."""
+    renewables, fossil = output.get("renewables"), output.get("fossil")
+    if renewables is None or fossil is None:
+        return None
+    total = renewables + fossil + (output.get("other") or 0)
+    return 100 * renewables / total if total else None
 
-    UNITS: ClassVar[dict[str, float]] = {}
+
+class _Measured(_Part):
+    """Something with a unit: values are converted to STANDARD."""
+
+    STANDARD: ClassVar[str] = ""
     unit: str
 
     @model_validator(mode="after")
     def _normalise(self) -> _Measured:
-        if self.unit not in self.UNITS:
-            raise ValueError(f"unit {self.unit!r} is not one of {', '.join(self.UNITS)}")
-        factor = self.UNITS[self.unit]
+        factor = unit_factor(self.unit, self.STANDARD)
         for name, value in self:
             if isinstance(value, Mix):
                 setattr(self, name, Mix(**{k: v * factor for k, v in value if v is not None}))
             elif isinstance(value, float):
+                if value * factor > LARGEST:
+                    raise ValueError(f"{value:g} {self.unit} is above {LARGEST:g} {self.STANDARD}")
                 setattr(self, name, value * factor)
-        self.unit = next(iter(self.UNITS))
+        self.unit = self.STANDARD
         return self
 
 
 class Capacity(_Measured):
-    UNITS = POWER
+    STANDARD = "MW"
     total: Mix
 
 
 class Generation(_Measured):
-    UNITS = ENERGY
+    STANDARD = "GWh"
     output: Mix
 
 
 class Additions(_Measured):
     """MW per year."""
 
-    UNITS = POWER
+    STANDARD = "MW"
     additions: Mix
 
 
 class Investment(_Measured):
-    UNITS = MONEY
+    STANDARD = "m$"
     cumulative: Amount
 
 
 class Emissions(_Measured):
-    UNITS = EMISSIONS
+    STANDARD = "Mt CO2"
     total: Amount
 
 
 class PowerValue(_Measured):
-    UNITS = POWER
+    STANDARD = "MW"
     value: Amount
 
 
 class EnergyValue(_Measured):
-    UNITS = ENERGY
+    STANDARD = "GWh"
     value: Amount
 
 
 class MoneyValue(_Measured):
-    UNITS = MONEY
+    STANDARD = "m$"
     value: Amount
 
 
@@ -146,6 +182,9 @@ class Metadata(_Part):
     dateCreated: str | None = None
     sourceFile: str | None = None
     description: str | None = None
+    derived: list[str] | None = None  # assumptions behind figures that the file itself does not state
+    warnings: list[str] | None = None  # what a reader left out or doubts
+    cell: dict[str, str] | None = Field(None, exclude=True)  # the sampler's axes; never written out
 
 
 class Scenario(_Part):
