@@ -110,11 +110,12 @@ def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make:
         context = own if rng.random() < 0.6 else rng.choice(CONTEXTS)
         key = f"{scenario_id(scenario)}.{name}.{context}.{variant}" + (f".{kind}" if kind else "")
         turn = seen[key] = seen.get(key, -1) + 1
-        at = seed + 1000 * turn
+        at = seed + 1000 * turn + 100 * (kind == "asked")  # a question is not answered like the prompt with a form
         row = make((scenario, name, context, variant), brief(scenario, name, context, variant, at), at)
         rows.append(Dialogue(id=f"{key}.{turn}", stakeholder=STAKEHOLDERS[name].name, stakeholder_id=name,
                              scenario=scenario.metadata.scenarioName, scenario_id=scenario_id(scenario),
-                             country=scenario.metadata.country, context=context, variant=variant, **row))
+                             country=scenario.metadata.country, context=context, variant=variant,
+                             task=kind if kind in ("enhance", "voice") else "dialogue", **row))
     return rows
 
 

@@ -67,7 +67,7 @@ def question_text(scenario: Scenario, stakeholder: str, context: str, variant: s
     """The guide's free-form question, with every figure that an answer may use in the sentence."""
     place = country_profile(scenario.metadata.country)
     where = scenario.metadata.country + (f" ({place['pool']})" if place else "")
-    figures = [f"{m} {m.label} in {m.year}" if m.unit == "jobs" and "Jobs" in m.label else f"{m.label} of {m} in {m.year}"
+    figures = [f"{m} {m.label} in {m.year}" if m.unit == "jobs" else f"{m.label} of {m} in {m.year}"
                for m in derive_metrics(scenario).only(keys).shown()]
     return rng.choice(texts()["ask"]).format(
         name=STAKEHOLDERS[stakeholder].name, place=where, scenario=scenario.metadata.scenarioName, context=context,
