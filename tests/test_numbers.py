@@ -143,8 +143,8 @@ def test_never_fails_on_any_text(text: str) -> None:
     assert ungrounded(text, text) == [] or all(m.reason for m in ungrounded(text, text))
 
 
-ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-        "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
 TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -187,7 +187,7 @@ def test_money_in_billions(m_usd: int, places: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    value=st.integers(3, 10**6).filter(lambda n: not 1900 <= n <= 2099),  # those read as years, which have their own gate
+    value=st.integers(3, 10**6).filter(lambda n: not 1900 <= n <= 2099),  # those read as years: another gate
     before=st.sampled_from(["", "about ", "some ", "USD ", "-", "~", "("]),
     after=st.sampled_from(["", " plants", "x", "%", " percent", " MW", " ha", " jobs", " people", ")", "+"]),
 )
