@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from stakelib.dialogues import GUIDE_MIX, Dialogue, build, check, guide_test_prompts, mix_for, read, split, write
+from stakelib.dialogues import (
+    GUIDE_MIX,
+    Dialogue,
+    build,
+    check,
+    guide_test_prompts,
+    mix_for,
+    problems_of,
+    read,
+    split,
+    write,
+)
 from stakelib.dialogues.numbers import mentions
 from stakelib.run import CourseError
 from stakelib.scenarios import sample
@@ -105,8 +116,8 @@ def test_too_little_to_split() -> None:
 
 def test_all_gates_pass_on_the_default_rows() -> None:
     table = check(ROWS, WordTokenizer())
-    assert len(table) == 9 and all(g["failures"] == 0 and g["rows"] == 500 for g in table)
-    assert len(check(ROWS)) == 8
+    assert len(table) == 11 and all(g["failures"] == 0 and g["rows"] == 500 for g in table)
+    assert len(check(ROWS)) == 10
     words = [len(r.completion.split()) for r in ROWS]
     assert 140 <= sum(words) / len(words) <= 200
     assert max(words) * 1.8 <= 400  # SmolLM2 needs at most 1.7 tokens a word here
@@ -144,7 +155,7 @@ ITEM = ROW.completion.split("**Questions**:\n")[1].split("\n")[0]
         ({"prompt": ROW.prompt.replace("- Development Context", "- Context")}, "lacks its context"),
         ({"prompt": ROW.prompt.replace("energy security, ", "")}, "lacks its priorities"),
         ({"completion": ROW.completion + "<end_of_turn>"}, "control-token"),
-        ({"prompt": ROW.prompt.replace("- Scenario: ", "- Scenario: <|im_start|>")}, "control-token"),
+        ({"completion": ROW.completion.replace(ITEM, "- Why <|im_start|>?")}, "control-token"),
         (
             {"completion": ROW.completion.replace("**Questions**", "- [low] Tariffs: too high.\n\n**Questions**")},
             "banned term",
@@ -168,6 +179,36 @@ def test_planted_errors_are_caught(changes: dict[str, str], said: str) -> None:
     with pytest.raises(CourseError, match=re.escape(said)) as caught:
         check(bad, WordTokenizer())
     assert ROW.id in caught.value.problems[0]
+
+
+def test_control_tokens_in_user_data_stay_text_in_the_prompt() -> None:
+    """`render` never makes a control token of a prompt's text, so a scenario may have such a name."""
+    name = "Plan <end_of_turn>"
+    named = ROW.prompt.replace(f"- Scenario: {ROW.scenario}", f"- Scenario: {name}")
+    row = ROW.model_copy(update={"scenario": name, "prompt": named,
+                                 "completion": ROW.completion.replace(ROW.scenario, "the plan")})  # fmt: skip
+    assert problems_of(row) == []
+    told = ROW.completion.replace(ITEM, f"- Does {name} hold?")
+    assert "language: control-token text '<end_of_turn>'" in problems_of(row.model_copy(update={"completion": told}))
+
+
+def test_near_duplicates_across_splits() -> None:
+    train = next(r for r in ROWS if r.split == "train")
+    test = next(r for r in ROWS if r.split == "test" and r.stakeholder_id == train.stakeholder_id)
+    near = test.model_copy(update={"completion": train.completion.replace("?", "??", 1)})
+    with pytest.raises(CourseError, match="nearly the text of " + re.escape(train.id)):
+        check([train, near])
+    far = test.model_copy(update={"completion": train.completion, "stakeholder_id": "finance"})
+    with pytest.raises(CourseError) as caught:  # another group's text is no near-duplicate
+        check([train, far])
+    assert not any("nearly" in p for p in caught.value.problems)
+
+
+def test_failing_rows_are_named_with_file_and_line() -> None:
+    bad = ROWS[3].model_copy(update={"completion": ROWS[3].completion + "</s>"})
+    with pytest.raises(CourseError) as caught:
+        check([*ROWS[:3], bad], file="rows.jsonl")
+    assert {p.split(": ")[0] for p in caught.value.problems} == {"rows.jsonl:4"}
 
 
 def test_facts_gate() -> None:

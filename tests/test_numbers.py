@@ -141,3 +141,64 @@ def test_never_fails_on_any_text(text: str) -> None:
     for m in mentions(text):
         assert text[m.start : m.end].strip() == m.text.strip() or m.text
     assert ungrounded(text, text) == [] or all(m.reason for m in ungrounded(text, text))
+
+
+ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def spelled(n: int) -> str:
+    if n >= 1000:
+        return f"{spelled(n // 1000)} thousand {spelled(n % 1000)}".strip()
+    if n >= 100:
+        return f"{ONES[n // 100]} hundred {spelled(n % 100)}".strip()
+    return ONES[n] if n < 20 else f"{TENS[n // 10]}-{ONES[n % 10]}".strip("-")
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(2, 99_999), off=st.integers(1, 50))
+def test_spelled_out_numbers_are_read_like_digits(n: int, off: int) -> None:
+    line = f"- Peak Demand: {n:,} MW (2030)"
+    assert [(m.value, m.unit) for m in mentions(f"peak of {spelled(n)} megawatts")] == [(n, "MW")]
+    assert ungrounded(f"Peak demand of {spelled(n)} MW in 2030", line) == []
+    assert ungrounded(f"Peak demand of {spelled(n + off)} MW in 2030", line)[0].reason == "not in the prompt"
+
+
+@settings(max_examples=200, deadline=None)
+@given(mw=st.integers(100, 99_999), places=st.integers(0, 3))
+def test_rounding_and_other_units_pass_only_as_far_as_they_are_true(mw: int, places: int) -> None:
+    line = f"- Solar PV Capacity: {mw:,} MW (2030)"
+    gw = f"{mw / 1000:.{places}f}"
+    assert ungrounded(f"{gw} GW of solar in 2030", line) == []
+    wrong = f"{mw / 1000 + 1.2 * 10.0**-places:.{places}f}"
+    assert [m.reason for m in ungrounded(f"{wrong} GW of solar in 2030", line)] == ["not in the prompt"]
+    assert ungrounded(f"{mw:,} GW of solar in 2030", line) and ungrounded(f"{mw:,} GWh of solar in 2030", line)
+
+
+@settings(max_examples=200, deadline=None)
+@given(m_usd=st.integers(1_000, 99_000), places=st.integers(1, 3))
+def test_money_in_billions(m_usd: int, places: int) -> None:
+    line = f"- Investment: ${m_usd:,}M USD by 2030"
+    assert ungrounded(f"an investment of ${m_usd / 1000:.{places}f} billion by 2030", line) == []
+    assert ungrounded(f"an investment of ${m_usd / 1000:.{places}f} million by 2030", line)
+    assert ungrounded(f"an investment of ${m_usd:,}M USD per year by 2030", line)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    value=st.integers(3, 10**6).filter(lambda n: not 1900 <= n <= 2099),  # those read as years: another gate
+    before=st.sampled_from(["", "about ", "some ", "USD ", "-", "~", "("]),
+    after=st.sampled_from(["", " plants", "x", "%", " percent", " MW", " ha", " jobs", " people", ")", "+"]),
+)
+def test_no_form_of_an_invented_number_slips_through(value: int, before: str, after: str) -> None:
+    held = "- Country: Kenya\n- Wind Capacity: 0.7 MW (2030)"
+    text = f"We count on {before}{value}{after} here."
+    assert ungrounded(text, held), text
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(["24/7", "SDG7", "SDG 13", "N-1", "COP28", "CASA-1000", "Scope 2", "3rd", "1.5 °C", "CO2"]),
+       st.sampled_from(["we need {} here", "{}", "by {} rules, always", "({})"]))  # fmt: skip
+def test_names_and_idioms_in_any_place_are_no_figures(name: str, around: str) -> None:
+    assert mentions(around.format(name)) == []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel
 
 from stakelib.dialogues.formats import completion_text, prompt_text
+from stakelib.dialogues.numbers import mentions
+from stakelib.dialogues.tasks import Reply, enhance_pair, enhance_template, question_text, voice_pair
 from stakelib.run import CourseError
 from stakelib.scenarios import Scenario, country_profile, scenario_id
 from stakelib.scenarios.metrics import METRICS
@@ -36,7 +40,7 @@ class Dialogue(BaseModel):
     country: str
     context: str
     variant: str
-    task: Literal["dialogue"] = "dialogue"
+    task: Literal["dialogue", "enhance", "voice"] = "dialogue"
     facts: list[Fact]
     source: Literal["rules", "edited", "imported"] = "rules"
     split: str = ""
@@ -64,36 +68,78 @@ def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed
     return [*ALWAYS, *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
 
 
-def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = None, seed: int = 0) -> list[Dialogue]:
+def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = None, seed: int = 0, *, asked: int = 0,
+          enhance: int = 0, voice: int = 0, reply: Reply = "short", tool: str | Path | None = None) -> list[Dialogue]:
     """Rows for `scenarios`: `mix` is rows per stakeholder id, or a total in the guide's distribution (default 500).
 
-    Scenarios, stances and contexts take turns; a country's own development context comes up most.
+    Besides these full dialogues so many rows, in the same distribution: `asked`, full dialogues after the guide's
+    free-form question; `enhance`, the tool's Ollama prompt with a `reply` of one kind, in the wording of the tool's
+    checkout `tool` if given; `voice`, two or three sentences. Scenarios, stances and contexts take turns; a country's
+    own development context comes up most.
     """
-    mix = mix_for(mix) if isinstance(mix, int) else mix or GUIDE_MIX
+    mix = mix_for(mix) if isinstance(mix, int) else GUIDE_MIX if mix is None else mix
     problems = [f"unknown stakeholder {name!r}" for name in mix if name not in STAKEHOLDERS]
     problems += [] if scenarios else ["no scenarios given"]
+    problems += [] if reply in ("short", "full") else [f"reply {reply!r} is neither 'short' nor 'full'"]
     if problems:
         raise CourseError(problems, f"give scenarios, and a mix over {', '.join(STAKEHOLDERS)}.")
-    rows: list[Dialogue] = []
-    for name in STAKEHOLDERS:
-        rng = random.Random(f"build-{seed}-{name}")
-        order = rng.sample(range(len(scenarios)), len(scenarios))
-        seen: dict[str, int] = {}
-        for j in range(mix.get(name, 0)):
-            scenario = scenarios[order[j % len(order)]]
-            variant = VARIANTS[(j + j // len(order)) % len(VARIANTS)]
-            own = country_profile(scenario.metadata.country).get("context", "emerging")
-            context = own if rng.random() < 0.6 else rng.choice(CONTEXTS)
-            rows.append(_row(scenario, name, context, variant, seed, seen))
+    checkout = Path(tool) if tool else None
+    if enhance:
+        enhance_template(checkout)  # a wrong folder is said now
+    kinds: list[tuple[str, _Row, Mapping[str, int]]] = [
+        ("", _dialogue, mix), ("asked", _asked, mix_for(asked)),
+        ("enhance", partial(_enhance, reply=reply, tool=checkout), mix_for(enhance)), ("voice", _voice, mix_for(voice))]
+    return [row for kind, make, rows in kinds for name in STAKEHOLDERS
+            for row in _rows(scenarios, name, rows.get(name, 0), kind, make, seed)]
+
+
+Situation = tuple[Scenario, str, str, str]
+_Row = Callable[[Situation, list[str], int], dict[str, object]]
+
+
+def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make: _Row, seed: int) -> list[Dialogue]:
+    """`count` rows of one stakeholder and kind; full dialogues have no kind, so their ids stay as they always were."""
+    rng = random.Random(f"build-{seed}-{name}" + (f"-{kind}" if kind else ""))
+    order = rng.sample(range(len(scenarios)), len(scenarios))
+    seen: dict[str, int] = {}
+    rows = []
+    for j in range(count):
+        scenario = scenarios[order[j % len(order)]]
+        variant = "pragmatic" if kind == "voice" else VARIANTS[(j + j // len(order)) % len(VARIANTS)]
+        own = country_profile(scenario.metadata.country).get("context", "emerging")
+        context = own if rng.random() < 0.6 else rng.choice(CONTEXTS)
+        key = f"{scenario_id(scenario)}.{name}.{context}.{variant}" + (f".{kind}" if kind else "")
+        turn = seen[key] = seen.get(key, -1) + 1
+        at = seed + 1000 * turn + 100 * (kind == "asked")  # a question is not answered like the prompt with a form
+        row = make((scenario, name, context, variant), brief(scenario, name, context, variant, at), at)
+        rows.append(Dialogue(id=f"{key}.{turn}", stakeholder=STAKEHOLDERS[name].name, stakeholder_id=name,
+                             scenario=scenario.metadata.scenarioName, scenario_id=scenario_id(scenario),
+                             country=scenario.metadata.country, context=context, variant=variant,
+                             task=kind if kind in ("enhance", "voice") else "dialogue", **row))
     return rows
 
 
-def _row(scenario: Scenario, name: str, context: str, variant: str, seed: int, seen: dict[str, int]) -> Dialogue:
-    key = f"{scenario_id(scenario)}.{name}.{context}.{variant}"
-    turn = seen[key] = seen.get(key, -1) + 1
-    keys = brief(scenario, name, context, variant, seed + 1000 * turn)
-    response = respond(scenario, name, context=context, variant=variant, seed=seed + 1000 * turn, keys=keys)
-    return Dialogue(id=f"{key}.{turn}", prompt=prompt_text(scenario, name, context, variant, keys),
-                    completion=completion_text(response), stakeholder=STAKEHOLDERS[name].name, stakeholder_id=name,
-                    scenario=scenario.metadata.scenarioName, scenario_id=scenario_id(scenario),
-                    country=scenario.metadata.country, context=context, variant=variant, facts=response.facts)
+def _dialogue(situation: Situation, keys: list[str], seed: int) -> dict[str, object]:
+    response = respond(*situation, seed=seed, keys=keys)
+    return {"prompt": prompt_text(*situation, keys), "completion": completion_text(response), "facts": response.facts}
+
+
+def _asked(situation: Situation, keys: list[str], seed: int) -> dict[str, object]:
+    keys = keys[:4]  # nobody asks with a page of figures
+    question = question_text(*situation, keys, random.Random(f"asked-{seed}-{situation[1:]}"))
+    return {**_dialogue(situation, keys, seed), "prompt": question}
+
+
+def _enhance(situation: Situation, keys: list[str], seed: int, reply: Reply, tool: Path | None) -> dict[str, object]:
+    return _used(*enhance_pair(*situation, keys, seed, reply, tool))
+
+
+def _voice(situation: Situation, keys: list[str], seed: int) -> dict[str, object]:
+    return _used(*voice_pair(*situation[:3], keys, seed))
+
+
+def _used(prompt: str, completion: str, facts: Sequence[Fact]) -> dict[str, object]:
+    """Only those facts that the completion states, each once."""
+    said = {(m.unit, round(m.value, 6)) for m in mentions(completion)}
+    kept = {(f.metric, f.year): f for f in facts if (f.unit, round(f.value, 6)) in said}
+    return {"prompt": prompt, "completion": completion, "facts": list(kept.values())}

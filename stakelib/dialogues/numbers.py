@@ -252,7 +252,7 @@ def _metric(mention: Mention, text: str, left: int, right: int, following: int) 
 
 def without_names(text: str, prompt: str) -> str:
     """`text` with the prompt's country and scenario names blotted out: "50% Solar Now" is a name, not a claim."""
-    names = re.findall(r"^- (?:Country|Scenario): (.+)$", prompt, re.M)
+    names = [a or b for a, b in re.findall(r'^- (?:Country|Scenario): (.+)$|scenario "(.+?)" ', prompt, re.M)]
     for name in sorted(names, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "_" * len(name), text)
     return text

@@ -1,16 +1,19 @@
-"""Scenarios -> checked training files of one run."""
+"""Scenarios -> checked training files of one run, with what reviewers decided."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from stakelib.dialogues.build import build, mix_for
 from stakelib.dialogues.check import check
-from stakelib.dialogues.files import write
+from stakelib.dialogues.files import write, write_rows
+from stakelib.dialogues.review import EDITS, GENERATED, Review, apply_edits, read_edits
 from stakelib.dialogues.split import split
+from stakelib.dialogues.tasks import Reply
 from stakelib.models import base_model, load_tokenizer, template
-from stakelib.run import Run
+from stakelib.run import CourseError, Run
 from stakelib.scenarios import Scenario
 
 PARTS = ("train", "valid", "test")
@@ -21,23 +24,54 @@ def scenarios_needed(run: Run) -> int:
     return max(mix_for(run.profile.rows).values())
 
 
-def prepare(run: Run, scenarios: Sequence[Scenario]) -> dict[str, Any]:
-    """Build, split, check and write the rows of `run.profile`; skipped if nothing changed.
+def open_review(run: Run) -> Review:
+    """The run's rows to be reviewed, with the gates that `prepare` applies."""
+    return Review(run.path("training_data"), _tokenizer(run))
 
-    Returns the gates' table and the number of rows per split. Raises CourseError listing every row that fails a gate.
+
+def _tokenizer(run: Run) -> Any:
+    base = base_model(run.profile.model)
+    # the toy tokenizer makes longer rows
+    return None if base.source == "made here" else load_tokenizer(base.folder)
+
+
+def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int = 0, enhance: int = 0, voice: int = 0,
+            reply: Reply = "short", tool: str | Path | None = None) -> dict[str, Any]:
+    """Build, split, review, check and write the rows of `run.profile`; skipped if nothing changed, edits included.
+
+    The numbers of rows and `reply` and `tool` are those of `build`. Without scenarios: those and all settings of last
+    time, so that edits are taken over. Returns the gates' table, the number of rows per split and what was reviewed.
+    Raises CourseError listing every row that fails a gate.
     """
+    if scenarios is None:
+        settings = run.record["stages"].get("data", {}).get("settings")
+        if not settings:
+            raise CourseError("no training rows have been made in this run", "run notebook 01 first.")
+    else:
+        more = {"asked": asked, "enhance": enhance, "voice": voice, "reply": reply, "tool": tool and str(tool)}
+        settings = {"rows": run.profile.rows, "seed": run.profile.seed, "more": more,
+                    "scenarios": [s.model_dump() for s in scenarios]}
     base = base_model(run.profile.model)
     folder = run.path("training_data")
     files = [folder / f"{p}{name}.jsonl" for name in PARTS for p in ("", "mlx/")]
-    outputs = [*files, folder / "stakeholder_dialogues.jsonl", folder / "stakeholder_hf_dataset"]
+    outputs = [*files, folder / GENERATED, folder / "stakeholder_dialogues.jsonl", folder / "stakeholder_hf_dataset"]
+    edits = [p for p in [folder / EDITS] if p.exists()]
 
     def work() -> dict[str, Any]:
-        tokenizer = load_tokenizer(base.folder)
-        around = template(tokenizer)
-        rows = split(build(scenarios, mix_for(run.profile.rows), run.profile.seed), run.profile.seed)
-        gates = check(rows, None if base.source == "made here" else tokenizer)  # the toy tokenizer makes longer rows
+        around = template(load_tokenizer(base.folder))
+        known = [Scenario.model_validate(s) for s in settings["scenarios"]] if scenarios is None else scenarios
+        made = split(build(known, mix_for(settings["rows"]), settings["seed"], **settings["more"]), settings["seed"])
+        write_rows(made, folder / GENERATED)  # before the gates, so that a reviewer can mend what they refuse
+        rows = apply_edits(made, read_edits(folder))
+        gates = check(rows, _tokenizer(run), "stakeholder_dialogues.jsonl")
         write(rows, folder, lambda p, c: f"{around.before}{p}{around.between}{c}{around.end}")
-        return {"gates": gates, "rows": {part: sum(r.split == part for r in rows) for part in PARTS}}
+        reviewed = {"rejected": len(made) - len(rows), "edited": sum(r.source != "rules" for r in rows)}
+        return {"gates": gates, "rows": {part: sum(r.split == part for r in rows) for part in PARTS},
+                "reviewed": reviewed}
 
-    settings = {"rows": run.profile.rows, "seed": run.profile.seed, "scenarios": [s.model_dump() for s in scenarios]}
-    return run.stage("data", settings, [base.folder / "source.json"], outputs, work)
+    before = run.record["stages"].get("data")
+    try:
+        return run.stage("data", settings, [base.folder / "source.json", *edits], outputs, work)
+    except CourseError:
+        run.record["stages"] |= {"data": before} if before else {}  # mend the row and call again, in the same notebook
+        raise

@@ -1,0 +1,182 @@
+"""The Scenario Dialogue Tool's own two requests: a thin response made natural (JSON), and a voice of 2-3 sentences.
+
+The thin response holds some points of a stakeholder's full answer; the target repeats those points and adds none.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from collections.abc import Collection
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stakelib.dialogues.numbers import mentions
+from stakelib.run import CourseError
+from stakelib.scenarios import Scenario, country_profile, derive_metrics, sample
+from stakelib.voices import STAKEHOLDERS, Concern, Fact, Response, respond
+
+Reply = Literal["short", "full"]
+KEYS = ("initialReaction", "appreciation", "concerns", "questions", "engagementAdvice")
+BASE, END = "BASE RESPONSE TO ENHANCE:", "---END OF EXAMPLES---"
+TURNS = 12  # tries at an opening that cites a figure
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
+# a label of the tool's prompt -> ours; what stands elsewhere in its first line is the name
+TOOL_FIELDS = {"Name": "name", "Primary Concerns": "priorities", "Questions They Typically Ask": "questions",
+               "Country": "country", "Scenario": "scenario", "Renewable Share 2030": "share_2030",
+               "Renewable Share 2040": "share_2040", "Estimated Jobs (2030)": "jobs", "Emissions Reduction": "cut"}
+
+
+@functools.cache
+def texts() -> dict[str, Any]:
+    """The wording of prompts and small phrases (tasks.yaml)."""
+    return yaml.safe_load(files(__package__).joinpath("tasks.yaml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def enhance_template(tool: Path | None = None) -> str:
+    """The enhance prompt with {fields}: the course's wording, or the tool's own from the checkout `tool`.
+
+    Raises CourseError unless exactly one template of that checkout's TypeScript has the known labels.
+    """
+    if tool is None:
+        return texts()["enhance"].strip()
+    sources = [p.read_text(encoding="utf-8") for p in sorted(Path(tool).rglob("*.ts")) if "node_modules" not in p.parts]
+    literals = [t for s in sources for t in re.findall(r"`((?:[^`\\]|\\.)*)`", s)
+                if BASE in t and all(f"- {label}:" in t for label in TOOL_FIELDS)]
+    if len(literals) != 1:
+        raise CourseError(f"{tool}: {len(literals)} enhance prompts found in its *.ts files, one is needed",
+                          "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out.")
+    lines, after = [], False
+    for line in literals[0].strip().split("\n"):
+        label = (re.match(r"\s*- ([^:]+):", line) or [None, ""])[1]
+        field = TOOL_FIELDS.get(label, "base" if after else "name")
+        parts = re.split(r"\$\{(?:[^{}]|\{[^{}]*\})*\}", line)
+        lines.append(f"{{{field}}}".join(part.replace("{", "{{").replace("}", "}}") for part in parts))
+        after = after or BASE in line
+    return "\n".join(lines)
+
+
+def question_text(scenario: Scenario, stakeholder: str, context: str, variant: str, keys: Collection[str],
+                  rng: random.Random) -> str:
+    """The guide's free-form question, with every figure that an answer may use in the sentence."""
+    place = country_profile(scenario.metadata.country)
+    where = scenario.metadata.country + (f" ({place['pool']})" if place else "")
+    figures = [f"{m} {m.label} in {m.year}" if m.unit == "jobs" else f"{m.label} of {m} in {m.year}"
+               for m in derive_metrics(scenario).only(keys).shown()]
+    return rng.choice(texts()["ask"]).format(
+        name=STAKEHOLDERS[stakeholder].name, place=where, scenario=scenario.metadata.scenarioName, context=context,
+        variant=variant, figures=", ".join(figures) or "no figures yet")
+
+
+def enhance_pair(scenario: Scenario, stakeholder: str, context: str, variant: str, keys: Collection[str], seed: int,
+                 reply: Reply = "short", tool: Path | None = None) -> tuple[str, str, list[Fact]]:
+    """(prompt, one JSON object, facts). `reply`: "short" is the first reaction only, "full" all that the tool shows."""
+    situation = (scenario, stakeholder, context, variant)
+    rng = random.Random(f"enhance-{seed}-{scenario.metadata}-{stakeholder}-{context}-{variant}")
+    answer, praise, worries = _thin(situation, keys, seed, rng)
+    if rng.random() < 0.25:
+        worries = [*worries[:1], Concern(**rng.choice(texts()["coal"]), severity="medium")]
+    head = {"initialReaction": _flat(situation, praise, worries, rng), "appreciation": praise,
+            "concerns": [c.model_dump() for c in worries], "questions": answer.questions,
+            "engagementAdvice": answer.engagementAdvice}
+    name, shares = STAKEHOLDERS[stakeholder].name, _shares(scenario)
+    base = {"stakeholderId": stakeholder, "stakeholderName": name, **head, "generatedAt": "2026-01-15T09:30:00.000Z",
+            "generationType": "rule-based",
+            "metadata": {"context": context, "variant": variant, "interactionTriggersCount": len(worries)}}
+    prompt = enhance_template(tool).format(
+        name=name, priorities=", ".join(STAKEHOLDERS[stakeholder].priorities), questions="; ".join(answer.questions),
+        country=scenario.metadata.country, scenario=scenario.metadata.scenarioName, jobs="N/A", cut="N/A",
+        share_2030=f"{shares.get(2030, 0):.1f}", share_2040=f"{shares.get(2040, 0):.1f}",
+        task=rng.choice(texts()["tasks"]), base=json.dumps(base, indent=2, ensure_ascii=False))
+    first, facts = _reaction(situation, shares, praise, worries, seed, rng)
+    wanted = {"initialReaction": first} if reply == "short" else {
+        **head, "initialReaction": first, "concerns": [_reworded(c, situation, keys, seed) for c in worries]}
+    return prompt, json.dumps(wanted, ensure_ascii=False), answer.facts + facts
+
+
+def voice_pair(scenario: Scenario, stakeholder: str, context: str, keys: Collection[str],
+               seed: int) -> tuple[str, str, list[Fact]]:
+    """(prompt, 2-3 sentences, facts). The prompt names no stance: it is always the tool's default, pragmatic."""
+    situation = (scenario, stakeholder, context, "pragmatic")
+    rng = random.Random(f"voice-{seed}-{scenario.metadata}-{stakeholder}-{context}")
+    answer, praise, worries = _thin(situation, keys, seed, rng)
+    shares, name = _shares(scenario), STAKEHOLDERS[stakeholder].name
+    lines = [f"Positive aspects: {'; '.join(praise)}"] if praise else []
+    lines += [f"Their concerns: {'; '.join(c.text for c in worries)}"] if worries else []
+    prompt = texts()["voice"].strip().format(
+        name=name, country=scenario.metadata.country, scenario=scenario.metadata.scenarioName, context=context,
+        shares="\n".join(f"- {value:.1f}% renewable energy by {year}" for year, value in shares.items()),
+        priorities=", ".join(STAKEHOLDERS[stakeholder].priorities[:2]), points="\n".join(lines),
+        examples=_examples(stakeholder, context) if rng.random() < 0.5 else "")
+    first, facts = _reaction(situation, shares, praise, worries, seed, rng)
+    return re.sub(r"\n{2,}", "\n\n", prompt), first, answer.facts + facts
+
+
+Situation = tuple[Scenario, str, str, str]
+
+
+def _thin(situation: Situation, keys: Collection[str], seed: int,
+          rng: random.Random) -> tuple[Response, list[str], list[Concern]]:
+    """A full answer, and the few points of it (0-1 praise, 0-2 concerns) that a rule engine would have found."""
+    scenario, stakeholder, context, variant = situation
+    answer = respond(scenario, stakeholder, context=context, variant=variant, seed=seed, keys=keys)
+    return answer, answer.appreciation[: rng.choice((0, 1, 1))], answer.concerns[: rng.choice((0, 1, 1, 2))]
+
+
+def _flat(situation: Situation, praise: list[str], worries: list[Concern], rng: random.Random) -> str:
+    kind = "both" if praise and worries else "praise" if praise else "concern" if worries else "none"
+    return rng.choice(texts()["thin"][kind]).format(name=STAKEHOLDERS[situation[1]].name,
+                                                    scenario=situation[0].metadata.scenarioName)
+
+
+def _shares(scenario: Scenario) -> dict[int, float]:
+    """Renewable shares (%) of 2030 and 2040 as the tool prints them, where the scenario has these years."""
+    figures = derive_metrics(scenario).figures
+    return {year: figures["re_share", year].value for year in (2030, 2040) if ("re_share", year) in figures}
+
+
+def _reaction(situation: Situation, shares: dict[int, float], praise: list[str], worries: list[Concern], seed: int,
+              rng: random.Random) -> tuple[str, list[Fact]]:
+    """Two or three sentences: the stakeholder's own opening, then the first praise and the first concern."""
+    scenario, stakeholder, context, variant = situation
+    # told no year that the prompt lacks
+    known = scenario.model_copy(update={"milestones": [m for m in scenario.milestones if m.year in shares]})
+    for turn in range(TURNS):
+        said = respond(known if shares else scenario, stakeholder, context=context, variant=variant,
+                       seed=seed + 7919 * turn, keys=("re_share",) if shares else ())
+        opening = SENTENCE.split(said.initialReaction)[0]
+        if not shares or mentions(opening.replace(scenario.metadata.scenarioName, "")):
+            break
+    points = praise[:1] + [rng.choice(texts()["worry"][variant]).format(c.text) for c in worries[:1]]
+    return " ".join([opening, *(points or [rng.choice(texts()["closing"])])]), said.facts
+
+
+def _reworded(concern: Concern, situation: Situation, keys: Collection[str], seed: int) -> dict[str, Any]:
+    """The same concern in other words of the same stakeholder: same metric, same figures; else as it is."""
+    scenario, stakeholder, context, variant = situation
+    own = [(m.value, m.unit, m.year) for m in mentions(concern.text)]
+    for turn in range(1, 4):
+        other = respond(scenario, stakeholder, context=context, variant=variant, seed=seed + 7919 * turn, keys=keys)
+        for c in other.concerns:
+            if c.metric == concern.metric and c.text != concern.text \
+                    and own == [(m.value, m.unit, m.year) for m in mentions(c.text)]:
+                return {**concern.model_dump(), "text": c.text}
+    return concern.model_dump()
+
+
+@functools.cache
+def _examples(stakeholder: str, context: str) -> str:
+    """Voice line and two worked examples of other scenarios, in the two stances that the target does not have."""
+    pairs = []
+    for number, variant in enumerate(("conservative", "progressive"), 1):
+        scenario = sample(2, seed=2030)[number - 1]
+        share = derive_metrics(scenario).get("re_share", "near")
+        said = respond(scenario, stakeholder, context=context, variant=variant, keys=("re_share",)).initialReaction
+        pairs.append(f'{number}. Scenario: {scenario.metadata.country}, {share} renewable energy\nResponse: "{said}"')
+    return texts()["examples"].format(voice=texts()["voices"][stakeholder], pairs="\n".join(pairs)).strip()

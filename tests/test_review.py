@@ -1,0 +1,273 @@
+"""Review: decisions on disk at once, re-checked, applied to the training files; the CSV round trip; the widget."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stakelib import widgets
+from stakelib.dialogues import Review, build, open_review, prepare, read, split
+from stakelib.dialogues.files import write_rows
+from stakelib.dialogues.review import EDITS, GENERATED, _cell, apply_edits, read_edits
+from stakelib.run import CourseError, Run
+from stakelib.scenarios import sample
+
+ROWS = split(build(sample(9, seed=1), 36, enhance=9, voice=9))
+FIRST, SECOND, THIRD = (r.id for r in ROWS[:3])
+BAD = ROWS[0].completion + "\n- Why 99.9%?"
+GOOD = ROWS[0].completion[: ROWS[0].completion.rindex("\n- ")] + "\n- Come with an open ear."
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(ROWS, tmp_path / GENERATED)
+    return tmp_path
+
+
+def test_a_decision_is_on_disk_at_once_and_checked_at_once(folder: Path) -> None:
+    review = Review(folder)
+    assert "99.9%" in review.decide(FIRST, "edit", BAD)[0]
+    assert Review(folder).current(FIRST).completion == BAD and Review(folder).state(FIRST) == "failing"
+    assert review.decide(FIRST, "edit", GOOD) == [] and review.state(FIRST) == "edited"
+    assert (review.current(FIRST).source, review.rows[FIRST].source) == ("edited", "rules")
+    review.decide(SECOND, "accept")
+    review.decide(THIRD, "reject")
+    again = Review(folder)
+    assert again.progress() == "3 of 50-100 rows reviewed: 1 accepted, 1 rejected, 1 edited"
+    kept = apply_edits(ROWS, again.edits)
+    assert THIRD not in {r.id for r in kept} and len(kept) == len(ROWS) - 1
+    assert [r for r in kept if r.id not in (FIRST, THIRD)] == [r for r in ROWS if r.id not in (FIRST, THIRD)]
+    again.reset(THIRD)
+    assert Review(folder).state(THIRD) == "not reviewed"
+    again.decide(FIRST, "edit", ROWS[0].completion)  # typed and taken back
+    assert FIRST not in Review(folder).edits
+
+
+def test_a_killed_process_loses_nothing(folder: Path) -> None:
+    code = ("import sys, time; from stakelib import widgets; from stakelib.dialogues import Review\n"
+            "board = widgets._Board(Review(sys.argv[1])); board.text.value += ' Typed.'; print('typed', flush=True)\n"
+            "time.sleep(60)")  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, encoding="utf-8",
+                               cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONUTF8": "1"})  # fmt: skip
+    assert process.stdout.readline().strip() == "typed"
+    process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    process.communicate()
+    assert Review(folder).current(FIRST).completion == ROWS[0].completion + " Typed."
+
+
+def test_two_windows_do_not_undo_each_other(folder: Path) -> None:
+    one, two = Review(folder), Review(folder)
+    one.decide(FIRST, "accept")
+    two.decide(SECOND, "reject")
+    assert set(read_edits(folder)) == {FIRST, SECOND}
+
+
+def test_edits_survive_regeneration_and_say_when_the_rules_changed(folder: Path) -> None:
+    review = Review(folder)
+    review.decide(FIRST, "edit", GOOD)
+    review.decide(SECOND, "accept")
+    moved = [r.model_copy(update={"completion": r.completion + " "}) if r.id == SECOND else r for r in reversed(ROWS)]
+    write_rows(moved, folder / GENERATED)
+    again = Review(folder)
+    assert again.current(FIRST).completion == GOOD and again.state(FIRST) == "edited"
+    assert again.state(SECOND) == "changed since"
+    assert again.progress().startswith("1 of 50-100")
+
+
+def test_broken_edits_are_all_named(folder: Path) -> None:
+    (folder / EDITS).write_text('{"id": "x", "action": "burn"}\nnonsense\n{"action": "accept"}\n', encoding="utf-8")
+    with pytest.raises(CourseError) as caught:
+        Review(folder)
+    assert [p.split(":")[1] for p in caught.value.problems] == ["1", "2", "3"]
+
+
+def test_selection_and_plain_text(folder: Path) -> None:
+    review = Review(folder)
+    review.decide(FIRST, "edit", BAD)
+    assert review.select(state="failing") == [FIRST]
+    assert len(review.select(task="enhance")) == 9 == len(review.select(task="voice"))
+    assert {review.rows[i].stakeholder_id for i in review.select("finance")} == {"finance"}
+    text = review.text(FIRST)
+    assert BAD in text and ROWS[0].prompt in text and "'99.9%': not in the prompt" in text
+    assert "no objection" in review.text(SECOND)
+
+
+def test_csv_round_trip(folder: Path) -> None:
+    review = Review(folder)
+    path = review.to_csv(folder / "review.csv")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbfid,")  # Excel reads UTF-8 only with this mark
+    assert review.from_csv(path) == 0 and review.edits == {}
+    table = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    at = {name: i for i, name in enumerate(table[0])}
+    table[1][at["completion"]] = GOOD.replace("\n", "\r\n")
+    table[2][at["decision"]] = " Accept "
+    table[3][at["decision"]] = "reject"
+    for delimiter in (";", ",", "\t"):
+        with path.open("w", encoding="utf-8-sig", newline="") as stream:
+            csv.writer(stream, delimiter=delimiter).writerows(table)
+        assert review.from_csv(path) == (3 if delimiter == ";" else 0)
+    again = Review(folder)
+    assert [again.state(i) for i in (FIRST, SECOND, THIRD)] == ["edited", "accepted", "rejected"]
+    assert again.current(FIRST).completion == GOOD and again.current(FIRST).source == "imported"
+    assert again.from_csv(again.to_csv(path)) == 0
+
+
+def test_csv_problems_are_all_listed_and_nothing_is_taken(folder: Path) -> None:
+    review = Review(folder)
+    path = folder / "review.csv"
+    rows = [[FIRST, "", BAD], [SECOND, "burn", ROWS[1].completion], ["no-such-id", "accept", ""],
+            [THIRD, "accept", ROWS[2].completion], [THIRD, "reject", ""]]  # fmt: skip
+    with path.open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream).writerows([["id", "decision", "completion"], *rows])
+    with pytest.raises(CourseError) as caught:
+        review.from_csv(path)
+    named = {p.split(": ")[0] for p in caught.value.problems}
+    assert named == {f"review.csv, row {n}" for n in (2, 3, 4, 6)} and not (folder / EDITS).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"id,decision\n", "column 'completion' is missing"),
+        (b"", "column 'id' is missing"),
+        ("id,decision,completion\nä,,".encode("cp1252"), "not UTF-8"),
+        (b"id,decision,completion\nx,accept\n", "row 2: 2 cells, want 3"),
+        (b'id,decision,completion\n"x,accept\n', "review.csv:"),
+    ],
+)
+def test_csv_files_that_are_none(folder: Path, content: bytes, said: str) -> None:
+    (folder / "review.csv").write_bytes(content)
+    with pytest.raises(CourseError, match=said):
+        Review(folder).from_csv(folder / "review.csv")
+    with pytest.raises(CourseError, match="no such file"):
+        Review(folder).from_csv(folder / "gone.csv")
+
+
+@settings(max_examples=200)
+@given(st.text())
+def test_no_cell_is_a_formula(text: str) -> None:
+    cell = _cell(text)
+    assert cell[:1] not in ("=", "+", "-", "@", "\t")
+    assert (cell[1:] if cell[:1] == "'" else cell) == text
+
+
+# ------------------------------------------------------------------------------------------------- widget
+
+
+def board(folder: Path) -> Any:
+    return widgets._Board(Review(folder))
+
+
+def test_widget_edits_accepts_rejects_and_goes_back(folder: Path) -> None:
+    it = board(folder)
+    assert (it.text.value, it.pager.total.value) == (ROWS[0].completion, f"of {len(ROWS)}")
+    assert not (folder / EDITS).exists()  # looking is not deciding
+    it.text.value = BAD
+    assert "99.9%" in it.verdict.value and Review(folder).state(FIRST) == "failing"
+    it.text.value = GOOD
+    it.pager.turn(1)
+    it.decide("accept")
+    it.pager.turn(1)
+    it.decide("reject")
+    assert it.progress.value == "3 of 50-100 rows reviewed: 1 accepted, 1 rejected, 1 edited"
+    it.decide("undo")
+    it.pager.turn(-9)
+    assert it.pager.current == FIRST and it.text.value == GOOD
+    assert [Review(folder).state(i) for i in (FIRST, SECOND, THIRD)] == ["edited", "accepted", "not reviewed"]
+    reloaded = board(folder)
+    assert reloaded.text.value == GOOD and reloaded.progress.value == it.progress.value
+
+
+def test_widget_filters(folder: Path) -> None:
+    it = board(folder)
+    it.filters["task"].value = "voice"
+    assert it.pager.total.value == "of 9" and "---" not in it.text.value
+    it.filters["state"].value = "rejected"
+    assert it.pager.current is None and it.pager.total.value == "of 0"
+    it.text.value = "typed into nothing"
+    it.decide("accept")
+    assert not (folder / EDITS).exists()
+
+
+def test_widget_shows_texts_as_text_only(folder: Path) -> None:
+    """Of all widgets only text fields hold text of rows: nothing is interpreted as HTML or as a formula."""
+    evil = "<img src=x onerror=alert(1)>$x^2$"
+    write_rows([r.model_copy(update={"scenario": evil, "prompt": r.prompt + evil}) for r in ROWS], folder / GENERATED)
+    it = board(folder)
+    seen, queue = [], [it.box]
+    while queue:
+        widget = queue.pop()
+        queue += getattr(widget, "children", ())
+        seen.append(widget)
+    holding = {type(w).__name__ for w in seen if evil in str(getattr(w, "value", ""))}
+    assert holding == {"Textarea"}
+    assert not {"HTML", "HTMLMath", "Label"} & {type(w).__name__ for w in seen}
+
+
+# ------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def run(tiny: Any, tmp_path: Path) -> Run:
+    run = Run.open(tmp_path / "run", "smoke")
+    prepare(run, sample(7, run.profile.seed))
+    return run
+
+
+def lines(run: Run, name: str) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in run.path("training_data", name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_without_review_is_as_it_was(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read(run.path("training_data", GENERATED)) == read(run.path("training_data", "stakeholder_dialogues.jsonl"))
+    made = prepare(run)
+    assert "up to date" in capsys.readouterr().out and made["reviewed"] == {"rejected": 0, "edited": 0}
+    assert len(made["gates"]) >= 9 and sum(made["rows"].values()) == 63
+
+
+def test_edits_reach_the_training_files_and_only_then_rows_are_made_again(run: Run) -> None:
+    review = open_review(run)
+    chosen, gone = [i for i, r in review.rows.items() if r.split == "train"][:2]
+    text = review.rows[chosen].completion
+    text = text[: text.rindex("\n- ")] + "\n- Bring tea."
+    assert review.decide(chosen, "edit", text) == []
+    review.decide(gone, "reject")
+    made = prepare(Run.open(run.folder, "smoke"))
+    assert made["reviewed"] == {"rejected": 1, "edited": 1} and sum(made["rows"].values()) == 62
+    rows = {r["id"]: r for r in lines(run, "train.jsonl")}
+    assert rows[chosen]["completion"] == text and rows[chosen]["source"] == "edited" and gone not in rows
+    assert any("Bring tea." in r["completion"] for r in lines(run, "mlx/train.jsonl"))
+    assert len(read(run.path("training_data", GENERATED))) == 63
+    assert prepare(run, sample(7, run.profile.seed))["rows"] == made["rows"]  # and regeneration keeps them
+    (run.path("training_data", EDITS)).unlink()
+    assert sum(prepare(run)["rows"].values()) == 63
+
+
+def test_an_edit_that_fails_a_gate_stops_the_build_and_names_it(run: Run) -> None:
+    review = open_review(run)
+    row_id = next(iter(review.rows))
+    review.decide(row_id, "edit", review.rows[row_id].completion + "\n- Why 99.9%?")
+    with pytest.raises(CourseError) as caught:
+        prepare(run)
+    assert caught.value.problems[0].startswith(f"stakeholder_dialogues.jsonl:1: {row_id}: figures in prompt")
+    review.reset(row_id)
+    assert sum(prepare(run)["rows"].values()) == 63
+
+
+def test_other_tasks_and_a_run_without_rows(run: Run, tmp_path: Path) -> None:
+    more = prepare(run, sample(7, run.profile.seed), asked=9, enhance=9, voice=9)
+    assert sum(more["rows"].values()) == 90
+    assert prepare(run)["rows"] == more["rows"]
+    with pytest.raises(CourseError, match="run notebook 01 first"):
+        prepare(Run.open(tmp_path / "empty", "smoke"))
