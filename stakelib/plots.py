@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -206,8 +207,9 @@ def sizes(files: Mapping[str, int]) -> Any:
 def hops(nll: Mapping[str, float]) -> Any:
     """Mean negative log-likelihood (nats per token) of the same answers under each form of the model, in order."""
     told = ", ".join(f"{name} {value:.3f}" for name, value in nll.items())
-    drift = max(abs(v - nll["adapter"]) for n, v in nll.items() if n not in ("base", "adapter"))
-    chart, axes = _chart(f"After training, no hop moves the model by more than {drift:.3f} nats", told, size=(7, 2.8))
+    moved = {name: abs(value - nll["adapter"]) for name, value in nll.items()}
+    title = f"Up to q8, which ships, the model moved by {max(moved['merged'], moved['f16'], moved['q8']):.3f} nats"
+    chart, axes = _chart(f"{title}; q4 by {moved['q4']:.3f}", told, size=(7, 2.8))
     axis, places = axes[0, 0], range(len(nll))
     axis.plot(places, list(nll.values()), marker="o", lw=2, color=TUNED, clip_on=False)
     axis.set_xticks(places, list(nll), fontsize=9)
@@ -218,12 +220,17 @@ def hops(nll: Mapping[str, float]) -> Any:
     return chart
 
 
+def bold(escaped: str) -> str:
+    """Escaped text with **words** as bold HTML."""
+    return re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", escaped)
+
+
 def panel(texts: Mapping[str, str]) -> str:
-    """HTML: one card per title with its text, which is escaped and keeps its line breaks."""
+    """HTML: one card per title with its text, escaped; line breaks are kept, and **headings** are bold."""
     cards = "".join(
         f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
         f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
-        f'<div style="white-space:pre-wrap;font-size:90%">{html.escape(text.strip()) or "(nothing)"}</div></section>'
+        f'<div style="white-space:pre-wrap;font-size:90%">{bold(html.escape(text.strip())) or "(nothing)"}</div></section>'
         for title, text in texts.items()
     )
     columns = "repeat(auto-fit,minmax(280px,1fr))"

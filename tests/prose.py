@@ -74,8 +74,11 @@ def minutes(seconds: float) -> str:
 
 
 def contradictions(text: str) -> list[str]:
-    """Marks whose value is not the record's, and marks that name nothing in a record."""
-    found = []
+    """Marks whose value is not the record's, that name nothing in a record, or that begin a line.
+
+    A comment at the beginning of a line ends the paragraph before it in Markdown.
+    """
+    found = [f"{line.strip()[:60]}: a mark begins a line" for line in re.findall(r'(?m)^\s*"?<!--=.*', text)]
     for key, said in MARK.findall(text):
         try:
             wanted = figure(key)
