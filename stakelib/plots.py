@@ -230,7 +230,8 @@ def panel(texts: Mapping[str, str]) -> str:
     cards = "".join(
         f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
         f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
-        f'<div style="white-space:pre-wrap;font-size:90%">{bold(html.escape(text.strip())) or "(nothing)"}</div></section>'
+        f'<div style="white-space:pre-wrap;font-size:90%">{bold(html.escape(text.strip())) or "(nothing)"}</div>'
+        "</section>"
         for title, text in texts.items()
     )
     columns = "repeat(auto-fit,minmax(280px,1fr))"

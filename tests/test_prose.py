@@ -29,7 +29,7 @@ def test_a_wrong_number_is_caught(record: Path) -> None:
     assert prose.contradictions("takes <!--=quick.04.minutes-->15<!--/--> minutes") == []
     assert "says '4'" in prose.contradictions("takes <!--=quick.04.minutes-->4<!--/--> minutes")[0]
     assert "begins a line" in prose.contradictions("takes\n<!--=quick.04.minutes-->15<!--/--> minutes")[0]
-    assert "not in any record" in prose.contradictions("<!--=quick.lunch.minutes-->15<!--/-->")[0]
+    assert "not in any record" in prose.contradictions("at <!--=quick.lunch.minutes-->15<!--/-->")[0]
 
 
 @pytest.mark.parametrize(
