@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
-import jinja2
 from pydantic import BaseModel
 
 from stakelib.run import CourseError
@@ -15,14 +13,17 @@ from stakelib.scenarios import Metric, Metrics, Scenario, country_profile, deriv
 from stakelib.scenarios.metrics import METRICS, ratios
 from stakelib.voices.profiles import (
     CONTEXTS,
+    FORMS,
+    PLACE,
     STAKEHOLDERS,
-    TEMPLATES,
     VARIANTS,
     ConcernPoint,
     Point,
     Profile,
     context_bars,
     margin,
+    shared_words,
+    unfold,
 )
 
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
@@ -57,34 +58,6 @@ class Response(BaseModel):
     facts: list[Fact]
 
 
-class _Figure:
-    """A metric inside a template: notes that it was printed."""
-
-    def __init__(self, metric: Metric, printed: list[Metric]) -> None:
-        self._metric, self._printed = metric, printed
-
-    def __str__(self) -> str:
-        self._printed.append(self._metric)
-        return str(self._metric)
-
-    @property
-    def number(self) -> str:
-        self._printed.append(self._metric)
-        return self._metric.number
-
-    @property
-    def year(self) -> int:
-        return self._metric.year
-
-    @property
-    def by(self) -> str:
-        return f"{self} by {self.year}"
-
-    @property
-    def at(self) -> str:
-        return f"{self} in {self.year}"
-
-
 class _Speaker:
     """One response in the making: the scenario's figures, the bars of this stance, and the dice."""
 
@@ -99,24 +72,24 @@ class _Speaker:
         self.values |= {"island": place.get("island"), "mainland": place.get("island") is False,
                         "pool": bool(place), "no pool": not place}
         self.printed: list[Metric] = []
-        self.words: dict[str, Any] = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
-        self.words |= {"pool": place["pool"]} if place else {}
-        slot_of = {year: slot for slot, year in reversed(list(metrics.slots.items()))}
-        for m in shown:
-            self.words.setdefault(m.key, {})[slot_of[m.year]] = _Figure(m, self.printed)
-        for slot in ("near", "far", "end"):  # one year may have two names
-            year = metrics.slots.get(slot)
-            for m in (m for m in shown if m.year == year):
-                self.words[m.key][slot] = _Figure(m, self.printed)
+        self.words = shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
+                                       for name, text in profile.words.items()}
+        names = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
+        names |= {"pool": place["pool"]} if place else {}
+        self.known: dict[str, tuple[str, Metric | None]] = {name: (text, None) for name, text in names.items()}
+        for m in shown:  # one year may have two names
+            texts = (str(m), f"{m} by {m.year}", f"{m} in {m.year}", str(m.year), m.number)
+            for slot in (slot for slot, year in metrics.slots.items() if year == m.year):
+                self.known |= {f"{m.key}.{slot}{form}": (text, None if form == ".year" else m)
+                               for form, text in zip(FORMS, texts, strict=True)}
 
     def say(self, phrases: Sequence[str]) -> str | None:
-        """One of the phrasings whose figures are all known, or None."""
-        for phrase in self.rng.sample(list(phrases), len(phrases)):
-            mark = len(self.printed)
-            try:
-                return _template(phrase).render(self.words)
-            except jinja2.UndefinedError:
-                del self.printed[mark:]
+        """A reading of one of the phrases whose figures are all known, or None."""
+        for phrase in self.rng.sample(list(phrases) * 2, 2 * len(phrases)):  # the choice may fall on an unknown figure
+            text = unfold(phrase, self.words, self.rng)
+            if all(name in self.known for name in PLACE.findall(text)):
+                self.printed += [m for name in PLACE.findall(text) if (m := self.known[name][1])]
+                return PLACE.sub(lambda place: self.known[place[1]][0], text)
         return None
 
     def factor(self, kind: str) -> Callable[[str], float]:
@@ -128,15 +101,17 @@ class _Speaker:
     def rank(self, points: Iterable[Any], kind: str, avoid: set[str]) -> list[tuple[Any, float]]:
         """Points that apply, strongest first, each with its margin; those without a condition come last."""
         found = []
+        first = self.profile.bars[self.variant].first if self.variant in self.profile.bars else []
         for point in points:
-            if getattr(point, "only", None) and self.variant not in point.only:
+            if point.only and self.variant not in point.only:
                 continue
             margins = [margin(c, self.values, self.factor(kind)) for c in point.when]
             if None in margins:
                 continue
             size = min((m for m in margins if m is not None), default=0.0)
-            weight = (min(size, 1.0) + self.rng.random()) if point.when else self.rng.random() - 2
-            found.append((weight - (1.0 if _topic(point) in avoid else 0.0), size, point))
+            weight = (min(size, 1.0) if point.when or point.only else -2) + self.rng.random()
+            weight += 0.4 * (_topic(point) in first) - (_topic(point) in avoid)
+            found.append((weight, size, point))
         found.sort(key=lambda row: -row[0])
         return [(point, size) for _, size, point in found]
 
@@ -168,18 +143,13 @@ class _Speaker:
         return sorted(chosen, key=lambda c: order[c.severity])
 
     def reaction(self, worries: list[Concern]) -> str:
-        """Opening by stance, then the balance of the response, then (sometimes) the country's situation."""
+        """Opening by stance, the balance of the response, and mostly the country's situation (the cautious first)."""
         weight = sum({"high": 2, "medium": 1, "low": 0}[c.severity] for c in worries)
         balance = "worried" if weight >= 4 else "mixed" if weight >= 1 else "good"
         slots = [self.profile.openers[self.variant], self.profile.verdicts[balance]]
         if self.rng.random() < 0.7 or self.context != "emerging":
-            slots.append(self.profile.contexts[self.context])
+            slots.insert(1 if self.variant == "conservative" else 2, self.profile.contexts[self.context])
         return " ".join(text for phrases in slots if (text := self.say(phrases)))
-
-
-@functools.cache
-def _template(phrase: str) -> jinja2.Template:
-    return TEMPLATES.from_string(phrase)
 
 
 def _product(numbers: Iterable[float]) -> float:
