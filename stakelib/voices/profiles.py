@@ -57,7 +57,7 @@ def _known_phrase(text: str, info: ValidationInfo) -> str:
 
 def unfold(phrase: str, words: Mapping[str, str], rng: random.Random) -> str:
     """One reading of a phrase: named words put in, one of every [this|that] chosen, first letter upper case."""
-    for _ in range(2):  # a group's words may use the shared ones
+    for _ in range(3):  # words may hold words: a group's own, the shared ones, those of figures
         phrase = PLACE.sub(lambda m: words.get(m[1], m[0]), phrase)
     while (chosen := _CHOICE.sub(lambda m: rng.choice(m[1].split("|")), phrase)) != phrase:
         phrase = chosen
@@ -187,7 +187,7 @@ def _text(name: str) -> str:
 @functools.cache
 def shared_words() -> dict[str, str]:
     """Ways to name a figure, for all groups: name -> words."""
-    return _parse(dict[str, Words], "figures.yaml", _text("figures.yaml"))
+    return _parse(dict[Literal["words"], dict[str, Words]], "figures.yaml", _text("figures.yaml"))["words"]
 
 
 @functools.cache

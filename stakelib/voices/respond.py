@@ -27,6 +27,8 @@ from stakelib.voices.profiles import (
 )
 
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
+# weight of points without a condition: praise and worries only where no figure speaks, questions and advice among others
+LAST, BESIDE = -2.0, -0.2
 # variant -> how many (appreciations, concerns): the cautious dwell on risks
 COUNTS = {"conservative": (2, 3), "pragmatic": (2, 2), "progressive": (3, 2)}
 
@@ -98,8 +100,8 @@ class _Speaker:
         bars += [self.profile.bars[self.variant]] if self.variant in self.profile.bars else []
         return lambda key: _product(getattr(b, kind).get(key, 1.0) for b in bars)
 
-    def rank(self, points: Iterable[Any], kind: str, avoid: set[str]) -> list[tuple[Any, float]]:
-        """Points that apply, strongest first, each with its margin; those without a condition come last."""
+    def rank(self, points: Iterable[Any], kind: str, avoid: set[str], general: float) -> list[tuple[Any, float]]:
+        """Points that apply, strongest first, each with its margin; `general`: weight of those without a condition."""
         found = []
         first = self.profile.bars[self.variant].first if self.variant in self.profile.bars else []
         for point in points:
@@ -109,17 +111,17 @@ class _Speaker:
             if None in margins:
                 continue
             size = min((m for m in margins if m is not None), default=0.0)
-            weight = (min(size, 1.0) if point.when or point.only else -2) + self.rng.random()
+            weight = (min(size, 1.0) if point.when or point.only else general) + self.rng.random()
             weight += 0.4 * (_topic(point) in first) - (_topic(point) in avoid)
             found.append((weight, size, point))
         found.sort(key=lambda row: -row[0])
         return [(point, size) for _, size, point in found]
 
-    def pick(self, points: Sequence[Point], kind: str, count: int) -> tuple[list[str], set[str]]:
+    def pick(self, points: Sequence[Point], kind: str, count: int, general: float) -> tuple[list[str], set[str]]:
         """`count` sentences on different topics, and the topics."""
         texts: list[str] = []
         topics: set[str] = set()
-        for point, _ in self.rank(points, kind, set()):
+        for point, _ in self.rank(points, kind, set(), general):
             if len(texts) == count or _topic(point) in topics:
                 continue
             if (text := self.say(point.say)) and text not in texts:
@@ -129,7 +131,7 @@ class _Speaker:
 
     def worries(self, count: int, avoid: set[str]) -> list[Concern]:
         chosen: list[Concern] = []
-        for point, size in self.rank(self.profile.concerns, "concerns", avoid):
+        for point, size in self.rank(self.profile.concerns, "concerns", avoid, LAST):
             if len(chosen) == count or (point.when and any(c.metric == point.metric for c in chosen)):
                 continue
             mark = len(self.printed)
@@ -189,11 +191,11 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
 def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, variant: str, seed: int) -> Response:
     speaker = _Speaker(scenario, told, profile, context, variant, seed)
     good, bad = COUNTS[variant]
-    praise, topics = speaker.pick(profile.appreciation, "praise", good)
+    praise, topics = speaker.pick(profile.appreciation, "praise", good, LAST)
     worries = speaker.worries(bad, topics)
     reaction = speaker.reaction(worries)
-    questions, _ = speaker.pick(profile.questions, "concerns", 3)
-    advice, _ = speaker.pick(profile.advice, "praise", 2)
+    questions, _ = speaker.pick(profile.questions, "concerns", 3, BESIDE)
+    advice, _ = speaker.pick(profile.advice, "praise", 2, BESIDE)
     facts = {(m.key, m.year): Fact(metric=m.label, year=m.year, unit=m.unit, value=m.value) for m in speaker.printed}
     return Response(initialReaction=reaction, appreciation=praise, concerns=worries, questions=questions,
                     engagementAdvice=advice, facts=list(facts.values()))
