@@ -145,11 +145,11 @@ class _Speaker:
         return sorted(chosen, key=lambda c: order[c.severity])
 
     def reaction(self, worries: list[Concern]) -> str:
-        """Opening by stance, the balance of the response, and mostly the country's situation (the cautious first)."""
+        """Opening by stance, the balance of the response, and often the country's situation (the cautious first)."""
         weight = sum({"high": 2, "medium": 1, "low": 0}[c.severity] for c in worries)
         balance = "worried" if weight >= 4 else "mixed" if weight >= 1 else "good"
         slots = [self.profile.openers[self.variant], self.profile.verdicts[balance]]
-        if self.rng.random() < 0.7 or self.context != "emerging":
+        if self.rng.random() < 0.6:
             slots.insert(1 if self.variant == "conservative" else 2, self.profile.contexts[self.context])
         return " ".join(text for phrases in slots if (text := self.say(phrases)))
 
@@ -183,7 +183,7 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
         raise CourseError(bad, "use one of the names above.")
     told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
     turns = [_once(scenario, told, profile, context, variant, seed)]
-    while len(turns[-1].facts) < MIN_FACTS and len(turns) < 8:  # vague words came up: choose others
+    while len(turns[-1].facts) < MIN_FACTS and len(turns) < 24:  # vague words came up: choose others
         turns.append(_once(scenario, told, profile, context, variant, seed + 7919 * len(turns)))
     return max(turns, key=lambda r: min(len(r.facts), MIN_FACTS))
 
