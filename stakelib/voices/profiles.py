@@ -55,12 +55,23 @@ def _known_phrase(text: str, info: ValidationInfo) -> str:
     return text
 
 
-def unfold(phrase: str, words: Mapping[str, str], rng: random.Random) -> str:
-    """One reading of a phrase: named words put in, one of every [this|that] chosen, first letter upper case."""
+def unfold(phrase: str, words: Mapping[str, str], rng: random.Random, said: set[str]) -> str:
+    """One reading of a phrase: named words put in, one of every [this|that] chosen, first letter upper case.
+
+    Choices of several words go into `said`, and another phrase takes them only when no other is left.
+    """
+    new: list[str] = []
+
+    def choose(match: re.Match[str]) -> str:
+        options = match[1].split("|")
+        new.append(rng.choice([o for o in options if o not in said] or options))
+        return new[-1]
+
     for _ in range(3):  # words may hold words: a group's own, the shared ones, those of figures
         phrase = PLACE.sub(lambda m: words.get(m[1], m[0]), phrase)
-    while (chosen := _CHOICE.sub(lambda m: rng.choice(m[1].split("|")), phrase)) != phrase:
+    while (chosen := _CHOICE.sub(choose, phrase)) != phrase:
         phrase = chosen
+    said.update(text for text in new if " " in text)
     return phrase[:1].upper() + phrase[1:]
 
 

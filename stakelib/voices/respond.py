@@ -27,7 +27,7 @@ from stakelib.voices.profiles import (
 )
 
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
-# weight of points without a condition: praise and worries only where no figure speaks, questions and advice among others
+# weight of points without a condition: praise and worries last, questions and advice among the others
 LAST, BESIDE = -2.0, -0.2
 # variant -> how many (appreciations, concerns): the cautious dwell on risks
 COUNTS = {"conservative": (2, 3), "pragmatic": (2, 2), "progressive": (3, 2)}
@@ -74,6 +74,7 @@ class _Speaker:
         self.values |= {"island": place.get("island"), "mainland": place.get("island") is False,
                         "pool": bool(place), "no pool": not place}
         self.printed: list[Metric] = []
+        self.said: set[str] = set()
         self.words = shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
                                        for name, text in profile.words.items()}
         names = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
@@ -88,7 +89,7 @@ class _Speaker:
     def say(self, phrases: Sequence[str]) -> str | None:
         """A reading of one of the phrases whose figures are all known, or None."""
         for phrase in self.rng.sample(list(phrases) * 2, 2 * len(phrases)):  # the choice may fall on an unknown figure
-            text = unfold(phrase, self.words, self.rng)
+            text = unfold(phrase, self.words, self.rng, self.said)
             if all(name in self.known for name in PLACE.findall(text)):
                 self.printed += [m for name in PLACE.findall(text) if (m := self.known[name][1])]
                 return PLACE.sub(lambda place: self.known[place[1]][0], text)
