@@ -29,7 +29,7 @@ from stakelib.voices.profiles import parse_profile
 
 DATA = Path(__file__).parents[1] / "stakelib" / "voices" / "data"
 MOST_OFTEN, BLEU, GROUP, STANCE = 0.08, 0.35, 0.97, 0.75  # what 300 scenarios must keep
-SIZES = [pytest.param(24, id="24"), pytest.param(300, id="300", marks=pytest.mark.slow)]
+SIZES = [pytest.param(18, id="18"), pytest.param(300, id="300", marks=pytest.mark.slow)]
 
 
 def every_voice(scenarios: list[Scenario]) -> list[Dialogue]:
@@ -107,8 +107,9 @@ def accuracy(rows: list[Dialogue], label: str) -> float:
             text = text.replace(words.lower(), " ")
         texts.append(text)
     wanted = [getattr(row, label) for row in rows]
-    model = make_pipeline(TfidfVectorizer(min_df=2, sublinear_tf=True), LogisticRegression(C=10, max_iter=300))
-    told = cross_val_predict(model, texts, wanted, groups=[row.country for row in rows], cv=GroupKFold(3))
+    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(C=10, max_iter=200, tol=1e-3))
+    told = cross_val_predict(model, texts, wanted, groups=[row.country for row in rows], cv=GroupKFold(2))
     return sum(a == b for a, b in zip(told, wanted, strict=True)) / len(rows)
 
 
@@ -122,7 +123,7 @@ def test_texts_are_grounded_rich_and_varied(rows_of: object, n: int, capsys: pyt
     shown = {(s.metadata.country, s.metadata.scenarioName): len(derive_metrics(s).shown()) for s in scenarios}
     thin = [row.id for row in rows if len(row.facts) < min(3, shown[row.country, row.scenario])]
     assert thin == []
-    slack = 1.0 if n == 300 else 1.9  # a few texts repeat by chance
+    slack = 1.0 if n == 300 else 2.2  # a few texts repeat by chance
     table = {name: (most_often(group), mean_bleu(group)) for name, group in
              ((k, list(g)) for k, g in groupby(rows, key=attrgetter("stakeholder_id")))}
     with capsys.disabled():
