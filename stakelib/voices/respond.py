@@ -27,6 +27,7 @@ from stakelib.voices.profiles import (
 )
 
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
+MAX_WORDS = 200  # without headings: SmolLM2 makes at most 1.7 tokens of a word, and a completion may have 400
 # weight of points without a condition: praise and worries last, questions and advice among the others
 LAST, BESIDE = -2.0, -0.2
 # variant -> how many (appreciations, concerns): the cautious dwell on risks
@@ -184,9 +185,17 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
         raise CourseError(bad, "use one of the names above.")
     told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
     turns = [_once(scenario, told, profile, context, variant, seed)]
-    while len(turns[-1].facts) < MIN_FACTS and len(turns) < 24:  # vague words came up: choose others
+    while _misses(turns[-1]) and len(turns) < 24:  # vague or long words came up: choose others
         turns.append(_once(scenario, told, profile, context, variant, seed + 7919 * len(turns)))
-    return max(turns, key=lambda r: min(len(r.facts), MIN_FACTS))
+    return min(turns, key=_misses)
+
+
+def _misses(response: Response) -> int:
+    """Figures too few, and words too many."""
+    texts = [response.initialReaction, *response.appreciation, *response.questions, *response.engagementAdvice,
+             *(f"{c.text} {c.explanation}" for c in response.concerns)]
+    words = sum(len(text.split()) for text in texts)
+    return 1000 * max(0, MIN_FACTS - len(response.facts)) + max(0, words - MAX_WORDS)
 
 
 def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, variant: str, seed: int) -> Response:
