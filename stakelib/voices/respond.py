@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
-import jinja2
 from pydantic import BaseModel
 
 from stakelib.run import CourseError
@@ -15,17 +13,23 @@ from stakelib.scenarios import Metric, Metrics, Scenario, country_profile, deriv
 from stakelib.scenarios.metrics import METRICS, ratios
 from stakelib.voices.profiles import (
     CONTEXTS,
+    FORMS,
+    PLACE,
     STAKEHOLDERS,
-    TEMPLATES,
     VARIANTS,
     ConcernPoint,
     Point,
     Profile,
     context_bars,
     margin,
+    shared_words,
+    unfold,
 )
 
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
+MAX_WORDS = 200  # without headings: SmolLM2 makes at most 1.7 tokens of a word, and a completion may have 400
+# weight of points without a condition: praise and worries last, questions and advice among the others
+LAST, BESIDE = -2.0, -0.2
 # variant -> how many (appreciations, concerns): the cautious dwell on risks
 COUNTS = {"conservative": (2, 3), "pragmatic": (2, 2), "progressive": (3, 2)}
 
@@ -57,34 +61,6 @@ class Response(BaseModel):
     facts: list[Fact]
 
 
-class _Figure:
-    """A metric inside a template: notes that it was printed."""
-
-    def __init__(self, metric: Metric, printed: list[Metric]) -> None:
-        self._metric, self._printed = metric, printed
-
-    def __str__(self) -> str:
-        self._printed.append(self._metric)
-        return str(self._metric)
-
-    @property
-    def number(self) -> str:
-        self._printed.append(self._metric)
-        return self._metric.number
-
-    @property
-    def year(self) -> int:
-        return self._metric.year
-
-    @property
-    def by(self) -> str:
-        return f"{self} by {self.year}"
-
-    @property
-    def at(self) -> str:
-        return f"{self} in {self.year}"
-
-
 class _Speaker:
     """One response in the making: the scenario's figures, the bars of this stance, and the dice."""
 
@@ -99,24 +75,25 @@ class _Speaker:
         self.values |= {"island": place.get("island"), "mainland": place.get("island") is False,
                         "pool": bool(place), "no pool": not place}
         self.printed: list[Metric] = []
-        self.words: dict[str, Any] = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
-        self.words |= {"pool": place["pool"]} if place else {}
-        slot_of = {year: slot for slot, year in reversed(list(metrics.slots.items()))}
-        for m in shown:
-            self.words.setdefault(m.key, {})[slot_of[m.year]] = _Figure(m, self.printed)
-        for slot in ("near", "far", "end"):  # one year may have two names
-            year = metrics.slots.get(slot)
-            for m in (m for m in shown if m.year == year):
-                self.words[m.key][slot] = _Figure(m, self.printed)
+        self.said: set[str] = set()
+        self.words = shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
+                                       for name, text in profile.words.items()}
+        names = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
+        names |= {"pool": place["pool"]} if place else {}
+        self.known: dict[str, tuple[str, Metric | None]] = {name: (text, None) for name, text in names.items()}
+        for m in shown:  # one year may have two names
+            texts = (str(m), f"{m} by {m.year}", f"{m} in {m.year}", str(m.year), m.number)
+            for slot in (slot for slot, year in metrics.slots.items() if year == m.year):
+                self.known |= {f"{m.key}.{slot}{form}": (text, None if form == ".year" else m)
+                               for form, text in zip(FORMS, texts, strict=True)}
 
     def say(self, phrases: Sequence[str]) -> str | None:
-        """One of the phrasings whose figures are all known, or None."""
-        for phrase in self.rng.sample(list(phrases), len(phrases)):
-            mark = len(self.printed)
-            try:
-                return _template(phrase).render(self.words)
-            except jinja2.UndefinedError:
-                del self.printed[mark:]
+        """A reading of one of the phrases whose figures are all known, or None."""
+        for phrase in self.rng.sample(list(phrases) * 2, 2 * len(phrases)):  # the choice may fall on an unknown figure
+            text = unfold(phrase, self.words, self.rng, self.said)
+            if all(name in self.known for name in PLACE.findall(text)):
+                self.printed += [m for name in PLACE.findall(text) if (m := self.known[name][1])]
+                return PLACE.sub(lambda place: self.known[place[1]][0], text)
         return None
 
     def factor(self, kind: str) -> Callable[[str], float]:
@@ -125,26 +102,28 @@ class _Speaker:
         bars += [self.profile.bars[self.variant]] if self.variant in self.profile.bars else []
         return lambda key: _product(getattr(b, kind).get(key, 1.0) for b in bars)
 
-    def rank(self, points: Iterable[Any], kind: str, avoid: set[str]) -> list[tuple[Any, float]]:
-        """Points that apply, strongest first, each with its margin; those without a condition come last."""
+    def rank(self, points: Iterable[Any], kind: str, avoid: set[str], general: float) -> list[tuple[Any, float]]:
+        """Points that apply, strongest first, each with its margin; `general`: weight of those without a condition."""
         found = []
+        first = self.profile.bars[self.variant].first if self.variant in self.profile.bars else []
         for point in points:
-            if getattr(point, "only", None) and self.variant not in point.only:
+            if point.only and self.variant not in point.only:
                 continue
             margins = [margin(c, self.values, self.factor(kind)) for c in point.when]
             if None in margins:
                 continue
             size = min((m for m in margins if m is not None), default=0.0)
-            weight = (min(size, 1.0) + self.rng.random()) if point.when else self.rng.random() - 2
-            found.append((weight - (1.0 if _topic(point) in avoid else 0.0), size, point))
+            weight = (min(size, 1.0) if point.when or point.only else general) + self.rng.random()
+            weight += 0.4 * (_topic(point) in first) - (_topic(point) in avoid)
+            found.append((weight, size, point))
         found.sort(key=lambda row: -row[0])
         return [(point, size) for _, size, point in found]
 
-    def pick(self, points: Sequence[Point], kind: str, count: int) -> tuple[list[str], set[str]]:
+    def pick(self, points: Sequence[Point], kind: str, count: int, general: float) -> tuple[list[str], set[str]]:
         """`count` sentences on different topics, and the topics."""
         texts: list[str] = []
         topics: set[str] = set()
-        for point, _ in self.rank(points, kind, set()):
+        for point, _ in self.rank(points, kind, set(), general):
             if len(texts) == count or _topic(point) in topics:
                 continue
             if (text := self.say(point.say)) and text not in texts:
@@ -154,7 +133,7 @@ class _Speaker:
 
     def worries(self, count: int, avoid: set[str]) -> list[Concern]:
         chosen: list[Concern] = []
-        for point, size in self.rank(self.profile.concerns, "concerns", avoid):
+        for point, size in self.rank(self.profile.concerns, "concerns", avoid, LAST):
             if len(chosen) == count or (point.when and any(c.metric == point.metric for c in chosen)):
                 continue
             mark = len(self.printed)
@@ -168,18 +147,13 @@ class _Speaker:
         return sorted(chosen, key=lambda c: order[c.severity])
 
     def reaction(self, worries: list[Concern]) -> str:
-        """Opening by stance, then the balance of the response, then (sometimes) the country's situation."""
+        """Opening by stance, the balance of the response, and often the country's situation (the cautious first)."""
         weight = sum({"high": 2, "medium": 1, "low": 0}[c.severity] for c in worries)
         balance = "worried" if weight >= 4 else "mixed" if weight >= 1 else "good"
         slots = [self.profile.openers[self.variant], self.profile.verdicts[balance]]
-        if self.rng.random() < 0.7 or self.context != "emerging":
-            slots.append(self.profile.contexts[self.context])
+        if self.rng.random() < 0.6:
+            slots.insert(1 if self.variant == "conservative" else 2, self.profile.contexts[self.context])
         return " ".join(text for phrases in slots if (text := self.say(phrases)))
-
-
-@functools.cache
-def _template(phrase: str) -> jinja2.Template:
-    return TEMPLATES.from_string(phrase)
 
 
 def _product(numbers: Iterable[float]) -> float:
@@ -211,19 +185,27 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
         raise CourseError(bad, "use one of the names above.")
     told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
     turns = [_once(scenario, told, profile, context, variant, seed)]
-    while len(turns[-1].facts) < MIN_FACTS and len(turns) < 8:  # vague words came up: choose others
+    while _misses(turns[-1]) and len(turns) < 24:  # vague or long words came up: choose others
         turns.append(_once(scenario, told, profile, context, variant, seed + 7919 * len(turns)))
-    return max(turns, key=lambda r: min(len(r.facts), MIN_FACTS))
+    return min(turns, key=_misses)
+
+
+def _misses(response: Response) -> int:
+    """Figures too few, and words too many."""
+    texts = [response.initialReaction, *response.appreciation, *response.questions, *response.engagementAdvice,
+             *(f"{c.text} {c.explanation}" for c in response.concerns)]
+    words = sum(len(text.split()) for text in texts)
+    return 1000 * max(0, MIN_FACTS - len(response.facts)) + max(0, words - MAX_WORDS)
 
 
 def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, variant: str, seed: int) -> Response:
     speaker = _Speaker(scenario, told, profile, context, variant, seed)
     good, bad = COUNTS[variant]
-    praise, topics = speaker.pick(profile.appreciation, "praise", good)
+    praise, topics = speaker.pick(profile.appreciation, "praise", good, LAST)
     worries = speaker.worries(bad, topics)
     reaction = speaker.reaction(worries)
-    questions, _ = speaker.pick(profile.questions, "concerns", 3)
-    advice, _ = speaker.pick(profile.advice, "praise", 2)
+    questions, _ = speaker.pick(profile.questions, "concerns", 3, BESIDE)
+    advice, _ = speaker.pick(profile.advice, "praise", 2, BESIDE)
     facts = {(m.key, m.year): Fact(metric=m.label, year=m.year, unit=m.unit, value=m.value) for m in speaker.printed}
     return Response(initialReaction=reaction, appreciation=praise, concerns=worries, questions=questions,
                     engagementAdvice=advice, facts=list(facts.values()))
