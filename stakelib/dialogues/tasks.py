@@ -24,7 +24,7 @@ from stakelib.voices import STAKEHOLDERS, Concern, Fact, Response, respond
 Reply = Literal["short", "full"]
 KEYS = ("initialReaction", "appreciation", "concerns", "questions", "engagementAdvice")
 BASE, END = "BASE RESPONSE TO ENHANCE:", "---END OF EXAMPLES---"
-TURNS = 12  # tries at an opening that cites a figure
+TURNS = 40  # tries at an opening that cites a figure
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 # a label of the tool's prompt -> ours; what stands elsewhere in its first line is the name
 TOOL_FIELDS = {"Name": "name", "Primary Concerns": "priorities", "Questions They Typically Ask": "questions",
