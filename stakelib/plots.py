@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, GREY, BASE, TUNED, WARN, GREEN = "#1b1f24", "#d5d9de", "#6b7280", "#0072B2", "#D55E00", "#007a5a"  # Okabe-Ito
+FLEET = {"coal": "#3a3a3a", "gas": "#8c8c8c", "diesel": "#b08a5b", "hfo": "#7d5a3c", "nuclear": "#CC79A7",
+         "hydro": "#0072B2", "geothermal": "#b5463c", "biomass": "#5a7d2a", "wind": "#56B4E9", "solarPV": "#E69F00",
+         "solarCSP": "#D55E00", "battery": "#009E73", "pumpStorage": "#66c2a5", "interconnector": "#d5d9de"}
 LOOK = {"base": {"color": BASE, "markerfacecolor": "white"}, "tuned": {"color": TUNED, "markerfacecolor": TUNED}}
 
 
@@ -217,6 +220,42 @@ def hops(nll: Mapping[str, float]) -> Any:
     axis.set_ylim(0, max(nll.values()) * 1.2)
     for place, value in zip(places, nll.values(), strict=True):
         axis.annotate(f"{value:.3f}", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    return chart
+
+
+def cells(scenarios: Sequence[Any]) -> Any:
+    """How many sampled scenarios lie in each cell of mix and ambition (rows) and geography (columns)."""
+    found = [s.metadata.cell for s in scenarios if s.metadata.cell]
+    across = sorted({c["geography"] for c in found})
+    down = sorted({(c["mix"], c["ambition"]) for c in found})
+    table = [[sum((c["mix"], c["ambition"]) == row and c["geography"] == g for c in found) for g in across]
+             for row in down]  # fmt: skip
+    filled = sum(n > 0 for row in table for n in row)
+    told = f"{len(found)} scenarios fill {filled} of {len(down) * len(across)} cells"
+    chart, axes = _chart(told, told, size=(7, 0.6 + 0.24 * len(down)))
+    axis = axes[0, 0]
+    axis.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=max(5, *map(max, table)))
+    axis.set_xticks(range(len(across)), [textwrap.fill(g, 14) for g in across], fontsize=8)
+    axis.set_yticks(range(len(down)), [f"{mix}, {ambition}" for mix, ambition in down], fontsize=8)
+    for y, row in enumerate(table):
+        for x, n in enumerate(row):
+            axis.text(x, y, n or "", ha="center", va="center", fontsize=8, color=INK if n < 3 else "white")
+    return chart
+
+
+def fleet(scenario: Any) -> Any:
+    """Installed capacity (MW) per technology and milestone; empty where the scenario has no fleet table."""
+    fleets = (scenario.detailedTech or {}).items()
+    table = {year: {t: mw for t, mw in row if mw} for year, row in fleets}
+    techs = [t for t in FLEET if any(t in row for row in table.values())]
+    told = "; ".join(f"{y}: " + ", ".join(f"{t} {row[t]:,.0f}" for t in techs if t in row) for y, row in table.items())
+    chart, axes = _chart(f"The fleet of {scenario.metadata.country}, MW", told or "no fleet table", size=(7, 2.8))
+    axis, below = axes[0, 0], [0.0] * len(table)
+    for tech in techs:
+        height = [row.get(tech, 0.0) for row in table.values()]
+        axis.bar([str(y) for y in table], height, bottom=below, color=FLEET[tech], label=tech, width=0.6)
+        below = [b + h for b, h in zip(below, height, strict=True)]
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     return chart
 
 

@@ -10,6 +10,7 @@ from stakelib.dialogues import completion_text, prompt_text
 from stakelib.dialogues.numbers import ungrounded
 from stakelib.run import CourseError
 from stakelib.scenarios import Scenario, derive_metrics, load, sample
+from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import CONTEXTS, STAKEHOLDERS, VARIANTS, respond
 from stakelib.voices.profiles import margin, parse_profile
 
@@ -184,6 +185,14 @@ def test_thin_scenarios_get_answers_that_ask() -> None:
         r = respond(bare, name)
         assert len(r.appreciation) >= 2 and len(r.concerns) >= 2 and len(r.questions) >= 3
         assert {f.metric for f in r.facts} <= {"Renewable Share"}
+
+
+def test_who_is_told_no_investment_asks_about_it_first() -> None:
+    words = ("capital", "financ", "fund", "debt", "invest", "cost")
+    for s in SAMPLES[:20]:
+        told = [m for m in METRICS if m not in ("investment", "yearly_investment")]
+        for name in ("finance", "development-partners"):
+            assert any(w in respond(s, name, keys=told).questions[0].lower() for w in words)
 
 
 def test_scenario_text_is_data_not_template() -> None:

@@ -26,6 +26,7 @@ from stakelib.voices.profiles import (
     unfold,
 )
 
+EXPECTED = {"no investment", "no re_share"}  # who lacks what every reader looks for asks about it first
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
 MAX_WORDS = 200  # without headings: SmolLM2 makes at most 1.7 tokens of a word, and a completion may have 400
 # weight of points without a condition: praise and worries last, questions and advice among the others
@@ -115,6 +116,7 @@ class _Speaker:
             size = min((m for m in margins if m is not None), default=0.0)
             weight = (min(size, 1.0) if point.when or point.only else general) + self.rng.random()
             weight += 0.4 * (_topic(point) in first) - (_topic(point) in avoid)
+            weight += 0 if EXPECTED.isdisjoint(point.when) else 2
             found.append((weight, size, point))
         found.sort(key=lambda row: -row[0])
         return [(point, size) for _, size, point in found]
