@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,4 +126,38 @@ def test_report_opens_from_disk_and_loads_nothing(chromium, lab: tuple[str, Path
     assert all(url.startswith(("file:", "data:")) for url in loads)
     assert page.locator("h1").count() == 1 and page.locator("img, svg").count() >= 2
     shot(page, "report-phone")
+    page.close()
+
+
+def open_and_run(page: object, address: str, name: str) -> None:
+    page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context?.isReady")
+    page.evaluate(RUN_ALL)
+
+
+def test_an_edit_in_the_pager_outlives_the_page_and_a_killed_kernel(chromium, lab: tuple[str, Path]) -> None:
+    address, runs = lab
+    edits, said = runs / "smoke" / "training_data" / "edits.jsonl", "Bring the village map."
+    assert not edits.exists()
+    page = chromium.new_page(viewport={"width": 1280, "height": 1600})
+    page.set_default_timeout(120_000)
+    open_and_run(page, address, "02_review_and_enhance.ipynb")
+    field = page.locator(".jp-OutputArea textarea:not([disabled])").first
+    text = field.input_value()
+    assert text.startswith("**Initial Reaction**")
+    field.fill(text[: text.rindex("- ")] + f"- {said}")
+    page.wait_for_timeout(3000)
+    assert said in edits.read_text(encoding="utf-8"), "an edit goes to disk while it is typed"
+    shot(page, "02-pager")
+    kernels = [p for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or ())]
+    ours = [p for p in kernels if any(str(os.getpid()) == str(a.pid) for a in p.parents())]
+    assert ours
+    for process in ours:
+        process.kill()
+    page.reload()
+    open_and_run(page, address, "02_review_and_enhance.ipynb")
+    again = page.locator(".jp-OutputArea textarea:not([disabled])").first
+    assert again.input_value().endswith(f"- {said}")
+    assert "1 edited" in page.locator(".jp-NotebookPanel").inner_text()
     page.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,17 @@ def test_thin_scenarios_get_answers_that_ask() -> None:
         r = respond(bare, name)
         assert len(r.appreciation) >= 2 and len(r.concerns) >= 2 and len(r.questions) >= 3
         assert {f.metric for f in r.facts} <= {"Renewable Share"}
+
+
+def test_a_country_that_no_table_knows_gets_whole_answers() -> None:
+    data = SAMPLES[0].model_dump()
+    data["metadata"]["country"] = "Exampleland"
+    scenario = Scenario.model_validate(data)
+    for name in STAKEHOLDERS:
+        for variant in VARIANTS:
+            r = respond(scenario, name, variant=variant)
+            assert 2 <= len(re.split(r"(?<=[.!?]) ", r.initialReaction)) <= 3, r.initialReaction
+            assert not ungrounded(completion_text(r), prompt_text(scenario, name, "emerging", variant))
 
 
 def test_who_is_told_no_investment_asks_about_it_first() -> None:

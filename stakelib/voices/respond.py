@@ -80,7 +80,7 @@ class _Speaker:
         self.words = shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
                                        for name, text in profile.words.items()}
         names = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
-        names |= {"pool": place["pool"]} if place else {}
+        names |= {"pool": place["pool"] if place else "our region"}
         self.known: dict[str, tuple[str, Metric | None]] = {name: (text, None) for name, text in names.items()}
         for m in shown:  # one year may have two names
             texts = (str(m), f"{m} by {m.year}", f"{m} in {m.year}", str(m.year), m.number)
