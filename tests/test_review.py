@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stakelib
 from stakelib import widgets
 from stakelib.dialogues import Review, build, open_review, prepare, read, split
 from stakelib.dialogues.files import write_rows
@@ -23,6 +25,7 @@ from stakelib.dialogues.review import EDITS, GENERATED, _cell, apply_edits, read
 from stakelib.run import CourseError, Run
 from stakelib.scenarios import sample
 
+prepare_module = sys.modules["stakelib.dialogues.prepare"]  # the package exports the function under this name
 ROWS = split(build(sample(9, seed=1), 36, enhance=9, voice=9))
 FIRST, SECOND, THIRD = (r.id for r in ROWS[:3])
 BAD = ROWS[0].completion + "\n- Why 99.9%?"
@@ -234,6 +237,22 @@ def test_a_run_without_review_is_as_it_was(run: Run, capsys: pytest.CaptureFixtu
     made = prepare(run)
     assert "up to date" in capsys.readouterr().out and made["reviewed"] == {"rejected": 0, "edited": 0}
     assert len(made["gates"]) >= 9 and sum(made["rows"].values()) == 63
+
+
+def test_a_changed_phrase_makes_the_rows_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "stakelib"
+    shutil.copytree(Path(stakelib.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert prepare_module.rules(package) == prepare_module.rules()
+    voice = package / "voices" / "data" / "finance.yaml"
+    voice.write_text(voice.read_text(encoding="utf-8").replace("credit", "loan", 1), encoding="utf-8")
+    assert (changed := prepare_module.rules(package)) != prepare_module.rules()
+    monkeypatch.setattr(prepare_module, "rules", lambda: changed)
+    prepare(run, sample(7, run.profile.seed))
+    assert "up to date" not in capsys.readouterr().out
+    prepare(run)
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_edits_reach_the_training_files_and_only_then_rows_are_made_again(run: Run) -> None:

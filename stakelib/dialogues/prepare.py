@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import stakelib
 from stakelib.dialogues.build import build, mix_for
 from stakelib.dialogues.check import check
 from stakelib.dialogues.files import write, write_rows
@@ -13,7 +15,7 @@ from stakelib.dialogues.review import EDITS, GENERATED, Review, apply_edits, rea
 from stakelib.dialogues.split import split
 from stakelib.dialogues.tasks import Reply
 from stakelib.models import base_model, load_tokenizer, template
-from stakelib.run import CourseError, Run
+from stakelib.run import CourseError, Run, sha256
 from stakelib.scenarios import Scenario
 
 PARTS = ("train", "valid", "test")
@@ -35,6 +37,14 @@ def _tokenizer(run: Run) -> Any:
     return None if base.source == "made here" else load_tokenizer(base.folder)
 
 
+def rules(package: Path = Path(stakelib.__file__).parent) -> str:
+    """Fingerprint of all that decides what a row says: the code and data files of scenarios, voices and dialogues."""
+    found = [p for stage in ("scenarios", "voices", "dialogues") for p in sorted((package / stage).rglob("*"))]
+    files = [p for p in found if p.suffix in (".py", ".yaml", ".json")]
+    text = "".join(f"{p.relative_to(package).as_posix()} {sha256(p)}\n" for p in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int = 0, enhance: int = 0, voice: int = 0,
             reply: Reply = "short", tool: str | Path | None = None) -> dict[str, Any]:
     """Build, split, review, check and write the rows of `run.profile`; skipped if nothing changed, edits included.
@@ -47,9 +57,10 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int
         settings = run.record["stages"].get("data", {}).get("settings")
         if not settings:
             raise CourseError("no training rows have been made in this run", "run notebook 01 first.")
+        settings = {**settings, "rules": rules()}
     else:
         more = {"asked": asked, "enhance": enhance, "voice": voice, "reply": reply, "tool": tool and str(tool)}
-        settings = {"rows": run.profile.rows, "seed": run.profile.seed, "more": more,
+        settings = {"rows": run.profile.rows, "seed": run.profile.seed, "more": more, "rules": rules(),
                     "scenarios": [s.model_dump() for s in scenarios]}
     base = base_model(run.profile.model)
     folder = run.path("training_data")
