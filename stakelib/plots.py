@@ -226,6 +226,8 @@ def hops(nll: Mapping[str, float]) -> Any:
 def cells(scenarios: Sequence[Any]) -> Any:
     """How many sampled scenarios lie in each cell of mix and ambition (rows) and geography (columns)."""
     found = [s.metadata.cell for s in scenarios if s.metadata.cell]
+    if not found:
+        return _chart("Your own scenarios: they are not sampled from cells", "no cells", size=(7, 0.6))[0]
     across = sorted({c["geography"] for c in found})
     down = sorted({(c["mix"], c["ambition"]) for c in found})
     table = [[sum((c["mix"], c["ambition"]) == row and c["geography"] == g for c in found) for g in across]

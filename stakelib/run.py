@@ -53,12 +53,21 @@ def writing(path: Path) -> Iterator[Path]:
                 raise
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(part, path)
+            _replace(part, path)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def _replace(part: Path, path: Path) -> None:
+    """os.replace; on Windows a reader or a virus scanner may hold the old file for a moment."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return os.replace(part, path)
+        time.sleep(0.05)
+    return os.replace(part, path)
 
 
 def atomic_write_text(path: Path, text: str) -> Path:

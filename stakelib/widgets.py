@@ -82,6 +82,7 @@ class _Board:
         self.pager.take(self.review.select(**{name: box.value for name, box in self.filters.items()}))
 
     def show(self, row_id: str | None) -> None:
+        self.review.refresh()
         self.loading = True  # filling the field is not typing
         row = self.review.current(row_id) if row_id else None
         self.prompt.value, self.text.value = (row.prompt, row.completion) if row else ("no such row", "")

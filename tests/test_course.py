@@ -289,7 +289,11 @@ def write_notebook(path: Path, code: str) -> None:
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(folder / "course.py"), "run", "--profile", "smoke", "--out", "r", *arguments]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would
+    try:  # everything that it starts
+        return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

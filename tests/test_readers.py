@@ -65,6 +65,35 @@ def sent(table: list[dict], year: int) -> float:
 # ---------------------------------------------------------------------------------------------------- SPLAT exports
 
 
+def test_what_would_be_silently_wrong_is_refused(tmp_path: Path) -> None:
+    """A technology of another name, a fleet table of some plants only, options that mean nothing for the file."""
+    mix = {"capacity": {"total": {"renewables": 700, "fossil": 300}, "unit": "MW"}}
+    item = {"metadata": {"country": "Kenya", "scenarioName": "Own"}, "milestones": [{"year": 2030, **mix}]}
+    path = tmp_path / "own.json"
+
+    def share(fleet: dict[str, float]) -> float | None:
+        path.write_text(json.dumps(item | {"detailedTech": {"2030": fleet}}), encoding="utf-8")
+        found = derive_metrics(load(path)[0]).get("vre_share", "near")
+        return found and found.value
+
+    assert share({"solarPV": 500, "wind": 200, "naturalGas": 300}) == 70.0
+    assert share({"solarPV": 500, "wind": 200}) is None
+    with pytest.raises(CourseError, match="tidal"):
+        share({"solarPV": 500, "wind": 200, "gas": 300, "tidal": 5})
+    with pytest.raises(CourseError, match="no SPLAT export"):
+        load(path, years=[2030])
+
+
+def test_the_same_file_under_another_name_is_the_same_scenario() -> None:
+    one = Scenario.model_validate({"metadata": {"country": "Kenya", "scenarioName": "Own", "sourceFile": "a.csv"},
+                                   "milestones": [{"year": 2030, "reShare": 60}]})
+    two = one.model_copy(deep=True)
+    two.metadata.sourceFile = "b.csv"
+    assert scenario_id(one) == scenario_id(two)
+    two.milestones[0].reShare = 61
+    assert scenario_id(one) != scenario_id(two)
+
+
 def test_splat_scenarios_and_countries_come_back_separately(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     loaded = load(written(tmp_path, text_of(BASE + ZEBRA + HIGH)))
     names = [(s.metadata.country, s.metadata.scenarioName) for s in loaded]

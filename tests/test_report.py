@@ -15,6 +15,7 @@ from test_evaluation import GOOD, PROMPT, answer, row
 from stakelib import plots
 from stakelib.evaluation import compare, report, score
 from stakelib.evaluation.report import faults, finite, marked, verdict, worst
+from stakelib.scenarios import sample
 
 HOSTILE = '<script>alert(1)</script><img src=http://evil.example/x onerror="alert(1)"> {{ 7*7 }} $x^$'
 WHO = ["Grid Operators", "Public & Communities"]
@@ -55,6 +56,13 @@ class Tags(HTMLParser):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, pd.DataFrame]:
     return make(tmp_path_factory.mktemp("run"), HOSTILE)
+
+
+def test_the_map_of_cells_counts_and_copes_with_own_scenarios() -> None:
+    scenarios = sample(30, seed=1)
+    assert plots.cells(scenarios).alt.startswith("30 scenarios fill ")
+    assert "not sampled" in plots.cells([s.model_validate(s.model_dump()) for s in scenarios]).alt
+    assert "solarPV" in plots.fleet(scenarios[0]).alt
 
 
 def test_hostile_names_do_nothing(made: tuple) -> None:

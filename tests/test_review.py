@@ -126,13 +126,46 @@ def test_csv_round_trip(folder: Path) -> None:
     assert again.from_csv(again.to_csv(path)) == 0
 
 
+def test_a_sheet_that_comes_back_late_undoes_no_newer_work(folder: Path) -> None:
+    review = Review(folder)
+    path = review.to_csv(folder / "review.csv")
+    text = path.read_text(encoding="utf-8-sig")
+    path.write_text(text.replace(ROWS[0].completion[-20:], "Come late.", 1), encoding="utf-8-sig", newline="")
+    Review(folder).decide(FIRST, "edit", GOOD)  # meanwhile, in another window
+    with pytest.raises(CourseError, match="row 2: the row or its decision changed after this sheet"):
+        review.from_csv(path)
+    assert Review(folder).current(FIRST).completion == GOOD
+
+
+def test_a_rejected_rewrite_can_be_taken_back(folder: Path) -> None:
+    review = Review(folder)
+    review.decide(FIRST, "edit", GOOD)
+    review.decide(FIRST, "reject")
+    assert review.state(FIRST) == "rejected" and apply_edits(ROWS[:1], review.edits) == []
+    assert review.from_csv(review.to_csv(folder / "review.csv")) == 0
+    Review(folder).reset(FIRST)
+    assert Review(folder).current(FIRST).completion == GOOD and Review(folder).state(FIRST) == "edited"
+    again = Review(folder)
+    again.reset(FIRST)
+    assert again.edits == {}
+
+
+def test_the_board_shows_what_another_window_wrote(folder: Path) -> None:
+    board = widgets._Board(Review(folder))
+    Review(folder).decide(SECOND, "edit", ROWS[1].completion + " More.")
+    board.pager.turn(1)
+    assert board.text.value.endswith(" More.")
+
+
 def test_csv_problems_are_all_listed_and_nothing_is_taken(folder: Path) -> None:
     review = Review(folder)
     path = folder / "review.csv"
     rows = [[FIRST, "", BAD], [SECOND, "burn", ROWS[1].completion], ["no-such-id", "accept", ""],
             [THIRD, "accept", ROWS[2].completion], [THIRD, "reject", ""]]  # fmt: skip
+    stamps = {i: review._stamp(i) for i in (FIRST, SECOND, THIRD)}
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
-        csv.writer(stream).writerows([["id", "decision", "completion"], *rows])
+        csv.writer(stream).writerows([["id", "decision", "completion", "of"],
+                                      *([*row, stamps.get(row[0], "")] for row in rows)])
     with pytest.raises(CourseError) as caught:
         review.from_csv(path)
     named = {p.split(": ")[0] for p in caught.value.problems}
@@ -145,8 +178,9 @@ def test_csv_problems_are_all_listed_and_nothing_is_taken(folder: Path) -> None:
         (b"id,decision\n", "column 'completion' is missing"),
         (b"", "column 'id' is missing"),
         ("id,decision,completion\nä,,".encode("cp1252"), "not UTF-8"),
-        (b"id,decision,completion\nx,accept\n", "row 2: 2 cells, want 3"),
-        (b'id,decision,completion\n"x,accept\n', "review.csv:"),
+        (b"id,decision,completion\n", "column 'of' is missing"),
+        (b"id,decision,completion,of\nx,accept\n", "row 2: 2 cells, want 4"),
+        (b'id,decision,completion,of\n"x,accept\n', "review.csv:"),
     ],
 )
 def test_csv_files_that_are_none(folder: Path, content: bytes, said: str) -> None:

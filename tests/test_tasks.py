@@ -15,7 +15,7 @@ from stakelib.dialogues.check import base_of, given, said
 from stakelib.dialogues.numbers import mentions
 from stakelib.dialogues.tasks import KEYS
 from stakelib.run import CourseError
-from stakelib.scenarios import sample
+from stakelib.scenarios import Scenario, country_profile, sample
 
 SCENARIOS = sample(60, seed=0)
 SHORT = split(build(SCENARIOS, 0, asked=90, enhance=135, voice=135))
@@ -165,6 +165,30 @@ def test_planted_errors_are_caught(row: Dialogue, completion: str, reason: str) 
 def test_what_decides_the_wording_stands_in_the_prompt(row: Dialogue, old: str, new: str, what: str) -> None:
     spoiled = row.model_copy(update={"prompt": row.prompt.replace(old, new)})
     assert f"wording decided by prompt: the prompt lacks its {what}" in problems_of(spoiled)
+
+
+def test_rows_of_a_scenario_that_was_saved_are_the_same() -> None:
+    """The record keeps scenarios as JSON; what `prepare` makes of them must be what a reviewer saw."""
+    kept = [Scenario.model_validate(s.model_dump()) for s in SCENARIOS]
+    assert kept[0].metadata.cell is None and SCENARIOS[0].metadata.cell
+    texts = [[(r.id, r.prompt, r.completion) for r in build(s, 0, enhance=18, voice=18)] for s in (SCENARIOS, kept)]
+    assert texts[0] == texts[1]
+
+
+def test_no_voice_names_a_pool_that_its_prompt_lacks() -> None:
+    rows = [r for r in SHORT if r.stakeholder_id == "regional-bodies" and r.task in ("voice", "enhance")]
+    pools = [country_profile(r.country)["pool"] for r in rows]
+    first = [r.completion if r.task == "voice" else json.loads(r.completion)["initialReaction"] for r in rows]
+    named = [pool for r, text, pool in zip(rows, first, pools, strict=True) if pool in text and pool not in r.prompt]
+    assert rows and not named
+    assert any("our region" in text.lower() for text in first)
+
+
+def test_full_stops_and_banned_words_in_names_are_names() -> None:
+    data = SCENARIOS[0].model_dump()
+    data["metadata"] |= {"country": "Congo, Dem. Rep.", "scenarioName": "Tariff Reform vs. Least Cost"}
+    rows = build([Scenario.model_validate(data)], {"finance": 3, "public": 3}, enhance=9, voice=9)
+    assert [p for r in rows for p in problems_of(r)] == []
 
 
 def test_a_voice_has_no_stance_but_the_default() -> None:

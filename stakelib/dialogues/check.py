@@ -133,7 +133,7 @@ def _preserved(row: Dialogue) -> list[str]:
 
 def _spoken(row: Dialogue) -> list[str]:
     """Two or three sentences that cite the scenario, copy no example and would pass the tool's echo filter."""
-    text, examples = row.completion, row.prompt.rpartition(END)[0]
+    text, examples = without_names(row.completion, row.prompt), row.prompt.rpartition(END)[0]
     count = len(re.split(r"(?<=[.!?])\s+", text.strip()))
     out = [] if 2 <= count <= 3 else [f"{count} sentences, want 2 or 3"]
     out += ["labels, quotes or several lines"] if re.search(r'"|\n|\*\*|^\w+( \w+)?:', text) else []
@@ -145,7 +145,7 @@ def _spoken(row: Dialogue) -> list[str]:
 def _structure(row: Dialogue) -> list[str]:
     if row.task != "dialogue":
         return (_preserved if row.task == "enhance" else _spoken)(row)
-    found = sections(row.completion)
+    found = sections(without_names(row.completion, row.prompt))  # a full stop in a name ends no sentence
     if found is None:
         return ["the five sections are not there, in order, as bullet lists"]
     out = [f"{len(found[h])} items under {h}, want {low} to {high}" for h, (low, high) in COUNTS.items()
@@ -201,7 +201,7 @@ def _claims(row: Dialogue) -> list[str]:
 
 def _language(row: Dialogue) -> list[str]:
     """`render` keeps control tokens of user data text, so a prompt may hold them; a completion may not teach them."""
-    text = said(row)
+    text = without_names(said(row), row.prompt)  # a plan may be called "Tariff Reform"
     return [f"control-token text {m.group()!r}" for m in CONTROL.finditer(row.completion)] + [
         f"banned term {m.group()!r}" for m in BANNED.finditer(text)] + (
         ["unfilled template"] if re.search(r"[{}]|\bNone\b|\bUndefined\b", text) else [])

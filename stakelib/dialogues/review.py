@@ -21,7 +21,7 @@ from stakelib.run import CourseError, atomic_write_text, writing
 GENERATED, EDITS = "generated.jsonl", "edits.jsonl"
 GOAL = (50, 100)  # rows that the guide asks to improve by hand
 STATES = ("not reviewed", "accepted", "rejected", "edited", "failing", "changed since")
-COLUMNS = ("id", "stakeholder", "task", "country", "scenario", "prompt", "decision", "completion", "check")
+COLUMNS = ("id", "stakeholder", "task", "country", "scenario", "prompt", "decision", "completion", "check", "of")
 Action = Literal["accept", "reject", "edit"]
 
 
@@ -81,14 +81,22 @@ class Review:
         if action == "edit" and completion == self.rows[row_id].completion:
             self.reset(row_id)  # typed, and taken back
             return self.problems(row_id)
-        edit = Edit(id=row_id, action=action, completion=completion if action == "edit" else "", source=source,
+        before = self.edits.get(row_id)  # a rejected row keeps its rewritten text, in case it is taken back
+        text = completion if action == "edit" else before.completion if before and action == "reject" else ""
+        edit = Edit(id=row_id, action=action, completion=text, source=source,
                     of=_fingerprint(self.rows[row_id]))
         self._save({row_id: edit})
         return self.problems(row_id)
 
     def reset(self, row_id: str) -> None:
-        """Forget the decision about a row."""
-        self._save({row_id: None})
+        """Take a decision back: a rejected rewrite is a rewrite again, anything else is forgotten."""
+        edit = self.edits.get(row_id)
+        again = edit is not None and edit.action == "reject" and edit.completion != ""
+        self._save({row_id: edit.model_copy(update={"action": "edit"}) if edit and again else None})
+
+    def refresh(self) -> None:
+        """Read the decisions again: another window may have made some."""
+        self.edits = read_edits(self.folder)
 
     def _save(self, changes: dict[str, Edit | None]) -> None:
         """Read again first: another window may have decided about other rows meanwhile."""
@@ -147,7 +155,8 @@ class Review:
             for i in self.rows:
                 row, edit = self.current(i), self.edits.get(i)
                 table.writerow(map(_cell, (i, row.stakeholder, row.task, row.country, row.scenario, row.prompt,
-                                           edit.action if edit else "", row.completion, "; ".join(self.problems(i)))))
+                                           edit.action if edit else "", row.completion, "; ".join(self.problems(i)),
+                                           self._stamp(i))))
         return Path(path)
 
     def from_csv(self, path: str | Path) -> int:
@@ -155,6 +164,7 @@ class Review:
 
         All or nothing: CourseError lists every problem with file and row, and nothing is saved.
         """
+        self.refresh()
         changes: dict[str, Edit | None] = {}
         problems: list[str] = []
         for number, cells in _table(Path(path)):
@@ -169,7 +179,11 @@ class Review:
 
     def _decision(self, row_id: str) -> tuple[str, str]:
         edit = self.edits.get(row_id)
-        return (edit.action, edit.completion) if edit else ("", "")
+        return (edit.action, edit.completion if edit.action == "edit" else "") if edit else ("", "")
+
+    def _stamp(self, row_id: str) -> str:
+        """Fingerprint of a row and its decision: a sheet that comes back late must not undo newer work."""
+        return hashlib.sha256(f"{_fingerprint(self.rows[row_id])}{self._decision(row_id)}".encode()).hexdigest()[:12]
 
     def _from_cells(self, cells: dict[str, str], seen: dict[str, Any]) -> tuple[Edit | None, list[str]]:
         row, action = self.rows.get(cells["id"]), cells["decision"].strip().lower()
@@ -185,6 +199,9 @@ class Review:
             wrong += problems_of(new, self.tokenizer)
         elif action == "edit":
             action = "accept"
+        kept = action if action != "edit" or text != row.completion else ""
+        if (kept, text if kept == "edit" else "") != self._decision(row.id) and cells["of"] != self._stamp(row.id):
+            wrong = ["the row or its decision changed after this sheet was written; write a new one with to_csv"]
         if wrong or not action:
             return None, wrong
         return Edit(id=row.id, action=action, completion=text if action == "edit" else "", source="imported",
@@ -209,7 +226,7 @@ def _table(path: Path) -> list[tuple[int, dict[str, str]]]:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True))
     except csv.Error as error:
         raise CourseError(f"{path.name}: {error}", "write the file again with to_csv and edit that.") from error
-    missing = [c for c in ("id", "decision", "completion") if not rows or c not in rows[0]]
+    missing = [c for c in ("id", "decision", "completion", "of") if not rows or c not in rows[0]]
     if missing:
         raise CourseError([f"{path.name}: column {c!r} is missing" for c in missing], "keep the columns of to_csv.")
     out, problems = [], []

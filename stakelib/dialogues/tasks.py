@@ -18,7 +18,7 @@ import yaml
 
 from stakelib.dialogues.numbers import mentions
 from stakelib.run import CourseError
-from stakelib.scenarios import Scenario, country_profile, derive_metrics, sample
+from stakelib.scenarios import Scenario, country_profile, derive_metrics, sample, scenario_id
 from stakelib.voices import STAKEHOLDERS, Concern, Fact, Response, respond
 
 Reply = Literal["short", "full"]
@@ -66,7 +66,8 @@ def question_text(scenario: Scenario, stakeholder: str, context: str, variant: s
                   rng: random.Random) -> str:
     """The guide's free-form question, with every figure that an answer may use in the sentence."""
     place = country_profile(scenario.metadata.country)
-    where = scenario.metadata.country + (f" ({place['pool']})" if place else "")
+    island = ", isolated island grid" if place.get("island") else ""
+    where = scenario.metadata.country + (f" ({place['pool']}{island})" if place else "")
     figures = [f"{m} {m.label} in {m.year}" if m.unit == "jobs" else f"{m.label} of {m} in {m.year}"
                for m in derive_metrics(scenario).only(keys).shown()]
     return rng.choice(texts()["ask"]).format(
@@ -78,7 +79,7 @@ def enhance_pair(scenario: Scenario, stakeholder: str, context: str, variant: st
                  reply: Reply = "short", tool: Path | None = None) -> tuple[str, str, list[Fact]]:
     """(prompt, one JSON object, facts). `reply`: "short" is the first reaction only, "full" all that the tool shows."""
     situation = (scenario, stakeholder, context, variant)
-    rng = random.Random(f"enhance-{seed}-{scenario.metadata}-{stakeholder}-{context}-{variant}")
+    rng = random.Random(f"enhance-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
     answer, praise, worries = _thin(situation, keys, seed, rng)
     if rng.random() < 0.25:
         worries = [*worries[:1], Concern(**rng.choice(texts()["coal"]), severity="medium")]
@@ -104,7 +105,7 @@ def voice_pair(scenario: Scenario, stakeholder: str, context: str, keys: Collect
                seed: int) -> tuple[str, str, list[Fact]]:
     """(prompt, 2-3 sentences, facts). The prompt names no stance: it is always the tool's default, pragmatic."""
     situation = (scenario, stakeholder, context, "pragmatic")
-    rng = random.Random(f"voice-{seed}-{scenario.metadata}-{stakeholder}-{context}")
+    rng = random.Random(f"voice-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}")
     answer, praise, worries = _thin(situation, keys, seed, rng)
     shares, name = _shares(scenario), STAKEHOLDERS[stakeholder].name
     lines = [f"Positive aspects: {'; '.join(praise)}"] if praise else []
@@ -150,11 +151,25 @@ def _reaction(situation: Situation, shares: dict[int, float], praise: list[str],
     for turn in range(TURNS):
         said = respond(known if shares else scenario, stakeholder, context=context, variant=variant,
                        seed=seed + 7919 * turn, keys=("re_share",) if shares else ())
-        opening = SENTENCE.split(said.initialReaction)[0]
+        opening = _first_sentence(said.initialReaction, scenario)
         if not shares or mentions(opening.replace(scenario.metadata.scenarioName, "")):
             break
+    if pool := country_profile(scenario.metadata.country).get("pool"):  # the tool's prompts do not name it
+        opening = opening.replace(pool, "our region")
+        opening = opening[:1].upper() + opening[1:]
     points = praise[:1] + [rng.choice(texts()["worry"][variant]).format(c.text) for c in worries[:1]]
     return " ".join([opening, *(points or [rng.choice(texts()["closing"])])]), said.facts
+
+
+def _first_sentence(text: str, scenario: Scenario) -> str:
+    """Up to the first full stop that does not belong to a name such as "Congo, Dem. Rep."."""
+    names = (scenario.metadata.scenarioName, scenario.metadata.country)
+    for number, name in enumerate(names):
+        text = text.replace(name, f"\0{number}")
+    first = SENTENCE.split(text)[0]
+    for number, name in enumerate(names):
+        first = first.replace(f"\0{number}", name)
+    return first
 
 
 def _reworded(concern: Concern, situation: Situation, keys: Collection[str], seed: int) -> dict[str, Any]:

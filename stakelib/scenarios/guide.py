@@ -52,7 +52,7 @@ def from_guide(data: Any) -> dict[str, Any]:
     for m in milestones:
         if (value := _between(stated, m["year"])) is not None:
             m["emissions"] = {"total": value, "unit": "Mt CO2"}
-    if stated and not {m["year"] for m in milestones} <= set(stated):
+    if any("emissions" in m and m["year"] not in stated for m in milestones):
         derived.append(f"emissions: on straight lines between {', '.join(map(str, sorted(stated)))}")
     return {"metadata": old.metadata | {"derived": derived}, "milestones": milestones, "detailedTech": fleets}
 

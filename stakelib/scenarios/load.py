@@ -19,6 +19,7 @@ from stakelib.scenarios.tables import COLUMNS as TEMPLATE
 from stakelib.scenarios.tables import read_table, read_template
 
 NEXT = "mend the fields named above (schema: metadata, milestones[], detailedTech) and load the file again."
+UNCOUNTED = {"warnings", "sourceFile", "dateCreated", "description"}  # a file sent again is the same scenario
 LIMITS = {"capacity": (100_000, "MW"), "investment": (1_000_000, "m$"), "emissions": (10_000, "Mt CO2")}
 
 
@@ -35,6 +36,7 @@ def load(path: str | Path, years: Collection[int] | None = None, mapping: str | 
     if re.match(r"\s*[\[{]", text):
         data = _read_json(path, text)
         items = data if isinstance(data, list) else [data]
+        _refuse(path, years, mapping)
     else:
         items = _read_csv(path, text, years, mapping)
     scenarios, problems = [], [] if items else [f"{path.name}: the list is empty"]
@@ -82,10 +84,17 @@ def _read_csv(path: Path, text: str, years: Collection[int] | None, mapping: str
     if set(COLUMNS) <= set(table.columns):
         return read_splat(table, path.name, years, read_mapping(mapping))
     if set(TEMPLATE) <= set(table.columns):
+        _refuse(path, years, mapping)
         return read_template(table, path.name)
     raise CourseError(
         f"{path.name}: row 1: neither JSON nor a CSV with the columns {', '.join(TEMPLATE)} (the template) or "
         f"{', '.join(COLUMNS)} (SPLAT)", "compare the file with stakelib/scenarios/template.csv.")
+
+
+def _refuse(path: Path, years: Collection[int] | None, mapping: str | Path | None) -> None:
+    """Options that would have no effect are an error, not a silence."""
+    if years or mapping:
+        raise CourseError(f"{path.name} is no SPLAT export", "leave years and mapping out.")
 
 
 def _doubts(scenario: Scenario) -> list[str]:
@@ -124,5 +133,5 @@ def scenario_id(scenario: Scenario) -> str:
     """Readable and stable: country and name, and eight hex digits of the content."""
     meta = scenario.metadata
     slug = re.sub(r"[^a-z0-9]+", "-", f"{meta.country} {meta.scenarioName}".lower()).strip("-")[:48]
-    content = scenario.model_dump_json(exclude_none=True, exclude={"metadata": {"warnings"}})
+    content = scenario.model_dump_json(exclude_none=True, exclude={"metadata": UNCOUNTED})
     return f"{slug}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"

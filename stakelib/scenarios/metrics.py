@@ -183,8 +183,11 @@ def _from_fleet(scenario: Scenario, index: int) -> dict[str, float | None]:
     if fleet is None:
         return {}
     out: dict[str, float | None] = {key: getattr(fleet, name) for key, name in TECH.items()}
-    installed = sum(v for _, v in fleet if v)
-    if installed and fleet.solarPV is not None and fleet.wind is not None:
+    installed, mix = sum(v for _, v in fleet if v), m.capacity.total if m.capacity else None
+    stated = sum(v for _, v in mix if v) if mix else 0.0
+    # a fleet table that lists some plants only says nothing about shares
+    whole = installed > 0 and abs(installed - stated) < 0.02 * installed
+    if whole and fleet.solarPV is not None and fleet.wind is not None:
         out["vre_share"] = 100 * (fleet.solarPV + fleet.wind) / installed
     before = table.get(scenario.milestones[index - 1].year) if index else None
     if first is not None and before is not None:

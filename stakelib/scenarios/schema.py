@@ -11,7 +11,7 @@ import re
 from importlib.resources import files
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 KINDS = {"renewables": ("hydro", "solarPV", "solarCSP", "wind", "geothermal", "biomass"),
          "fossil": ("coal", "gas", "diesel", "hfo"), "storage": ("battery", "pumpStorage"),
@@ -157,8 +157,9 @@ class Milestone(_Part):
 
 
 class Technologies(_Part):
-    """Installed MW by technology."""
+    """Installed MW by technology; an unknown name is an error, because every share would be wrong without it."""
 
+    model_config = ConfigDict(extra="forbid")
     hydro: Amount | None = None
     solarPV: Amount | None = None
     solarCSP: Amount | None = None
@@ -166,7 +167,7 @@ class Technologies(_Part):
     geothermal: Amount | None = None
     biomass: Amount | None = None
     coal: Amount | None = None
-    gas: Amount | None = None
+    gas: Amount | None = Field(None, validation_alias=AliasChoices("gas", "naturalGas"))
     diesel: Amount | None = None
     hfo: Amount | None = None
     nuclear: Amount | None = None

@@ -213,7 +213,8 @@ def _balance(sums: _Sums, years: list[int]) -> list[str]:
 
 def _milestone(sums: _Sums, year: int, before: int | None) -> dict[str, Any]:
     output = sums.mix("output", year)
-    burning = PLANTS if sums.years("emissions", PLANTS) else ("fuel",)  # either may carry them; both would be twice
+    plants = any(any(sums.table.get(("emissions", t), {}).values()) for t in PLANTS)
+    burning = PLANTS if plants else (*PLANTS, "fuel")  # either may carry them; both would be twice
     curtailing = "curtailment" if year in sums.years("curtailment", CLASSES) else "output"
     built = [c for c in CLASSES if c != "dummy"]
     first = min(sums.years("investment", built) or {year})
