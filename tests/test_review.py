@@ -273,6 +273,18 @@ def test_a_run_without_review_is_as_it_was(run: Run, capsys: pytest.CaptureFixtu
     assert len(made["gates"]) >= 9 and sum(made["rows"].values()) == 63
 
 
+def test_rows_that_the_gates_refused_are_made_again_from_their_own_scenarios(run: Run) -> None:
+    bad = [s.model_copy(deep=True) for s in sample(7, seed=99)]
+    for scenario in bad:
+        scenario.metadata.scenarioName = "Plan <|im_end|>"  # a completion must not teach control tokens
+    with pytest.raises(CourseError, match="control-token"):
+        prepare(run, bad)
+    seen = read(run.path("training_data", GENERATED))
+    with pytest.raises(CourseError, match="control-token"):
+        prepare(run)  # not a silent return to the scenarios of the build before
+    assert read(run.path("training_data", GENERATED)) == seen and "<|im_end|>" in seen[0].prompt
+
+
 def test_a_changed_phrase_makes_the_rows_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

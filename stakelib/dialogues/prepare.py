@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from stakelib.dialogues.review import EDITS, GENERATED, Review, apply_edits, rea
 from stakelib.dialogues.split import split
 from stakelib.dialogues.tasks import Reply
 from stakelib.models import base_model, load_tokenizer, template
-from stakelib.run import CourseError, Run, sha256
+from stakelib.run import CourseError, Run, atomic_write_json, sha256
 from stakelib.scenarios import Scenario
 
 PARTS = ("train", "valid", "test")
+SETTINGS = "generated.json"  # what the rows in generated.jsonl were made with, also where the gates refused them
 
 
 def scenarios_needed(run: Run) -> int:
@@ -53,11 +55,11 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int
     time, so that edits are taken over. Returns the gates' table, the number of rows per split and what was reviewed.
     Raises CourseError listing every row that fails a gate.
     """
+    made_with = run.path("training_data", SETTINGS)
     if scenarios is None:
-        settings = run.record["stages"].get("data", {}).get("settings")
-        if not settings:
+        if not made_with.exists():
             raise CourseError("no training rows have been made in this run", "run notebook 01 first.")
-        settings = {**settings, "rules": rules()}
+        settings = {**json.loads(made_with.read_text(encoding="utf-8")), "rules": rules()}
     else:
         more = {"asked": asked, "enhance": enhance, "voice": voice, "reply": reply, "tool": tool and str(tool)}
         settings = {"rows": run.profile.rows, "seed": run.profile.seed, "more": more, "rules": rules(),
@@ -65,13 +67,15 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int
     base = base_model(run.profile.model)
     folder = run.path("training_data")
     files = [folder / f"{p}{name}.jsonl" for name in PARTS for p in ("", "mlx/")]
-    outputs = [*files, folder / GENERATED, folder / "stakeholder_dialogues.jsonl", folder / "stakeholder_hf_dataset"]
+    outputs = [*files, made_with, *(folder / n for n in (GENERATED, "stakeholder_dialogues.jsonl",
+                                                         "stakeholder_hf_dataset"))]
     edits = [p for p in [folder / EDITS] if p.exists()]
 
     def work() -> dict[str, Any]:
         around = template(load_tokenizer(base.folder))
         known = [Scenario.model_validate(s) for s in settings["scenarios"]] if scenarios is None else scenarios
         made = split(build(known, mix_for(settings["rows"]), settings["seed"], **settings["more"]), settings["seed"])
+        atomic_write_json(folder / SETTINGS, settings)
         write_rows(made, folder / GENERATED)  # before the gates, so that a reviewer can mend what they refuse
         rows = apply_edits(made, read_edits(folder))
         gates = check(rows, _tokenizer(run), "stakeholder_dialogues.jsonl")
