@@ -149,6 +149,7 @@ def test_an_edit_in_the_pager_outlives_the_page_and_a_killed_kernel(chromium, la
     field.fill(text[: text.rindex("- ")] + f"- {said}")
     page.wait_for_timeout(3000)
     assert said in edits.read_text(encoding="utf-8"), "an edit goes to disk while it is typed"
+    field.scroll_into_view_if_needed()
     shot(page, "02-pager")
     kernels = [p for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or ())]
     ours = [p for p in kernels if any(str(os.getpid()) == str(a.pid) for a in p.parents())]
