@@ -106,7 +106,9 @@ class Profile:
 
     name: str
     model: str  # a name of stakelib.models.MODELS, or a local folder
-    rows: int  # training dialogues, all splits together
+    rows: int  # full dialogues after the guide's form, all splits together
+    asked: int  # and after its free-form question
+    thin: int  # rows of each of the tool's two requests: the JSON object, the voice of two or three sentences
     epochs: int
     test_prompts: int  # held-out prompts asked of base and tuned
     max_new_tokens: int
@@ -117,13 +119,14 @@ PROFILES = {
     p.name: p
     for p in (
         # 63 rows: seven scenarios for each of the nine voices, enough for three splits; the answers are noise
-        Profile("smoke", "tiny-gemma", rows=63, epochs=1, test_prompts=9, max_new_tokens=24),
-        # one epoch over the guide's 500 rows; 45 prompts show large differences only, and the report says so
-        Profile("quick", "smollm2-135m", rows=500, epochs=1, test_prompts=45, max_new_tokens=400),
+        Profile("smoke", "tiny-gemma", rows=63, asked=9, thin=9, epochs=1, test_prompts=9, max_new_tokens=24),
+        # one epoch over the guide's 500 rows, a free question and the tool's two requests; 45 prompts show large
+        # differences only, and the report says so
+        Profile("quick", "smollm2-135m", rows=500, asked=18, thin=45, epochs=1, test_prompts=45, max_new_tokens=400),
         # the figures the README quotes: every held-out prompt, three epochs with the best checkpoint kept
-        Profile("report", "smollm2-135m", rows=500, epochs=3, test_prompts=100, max_new_tokens=400),
+        Profile("report", "smollm2-135m", rows=500, asked=18, thin=45, epochs=3, test_prompts=100, max_new_tokens=400),
         # the guide's own target; hours on a laptop
-        Profile("full", "gemma-2b-it", rows=500, epochs=3, test_prompts=100, max_new_tokens=400),
+        Profile("full", "gemma-2b-it", rows=500, asked=18, thin=45, epochs=3, test_prompts=100, max_new_tokens=400),
     )
 }
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ def test_a_run_without_review_is_as_it_was(run: Run, capsys: pytest.CaptureFixtu
     assert read(run.path("training_data", GENERATED)) == read(run.path("training_data", "stakeholder_dialogues.jsonl"))
     made = prepare(run)
     assert "up to date" in capsys.readouterr().out and made["reviewed"] == {"rejected": 0, "edited": 0}
-    assert len(made["gates"]) >= 9 and sum(made["rows"].values()) == 63
+    assert len(made["gates"]) >= 9 and sum(made["rows"].values()) == 90
 
 
 def test_rows_that_the_gates_refused_are_made_again_from_their_own_scenarios(run: Run) -> None:
@@ -309,14 +310,14 @@ def test_edits_reach_the_training_files_and_only_then_rows_are_made_again(run: R
     assert review.decide(chosen, "edit", text) == []
     review.decide(gone, "reject")
     made = prepare(Run.open(run.folder, "smoke"))
-    assert made["reviewed"] == {"rejected": 1, "edited": 1} and sum(made["rows"].values()) == 62
+    assert made["reviewed"] == {"rejected": 1, "edited": 1} and sum(made["rows"].values()) == 89
     rows = {r["id"]: r for r in lines(run, "train.jsonl")}
     assert rows[chosen]["completion"] == text and rows[chosen]["source"] == "edited" and gone not in rows
     assert any("Bring tea." in r["completion"] for r in lines(run, "mlx/train.jsonl"))
-    assert len(read(run.path("training_data", GENERATED))) == 63
+    assert len(read(run.path("training_data", GENERATED))) == 90
     assert prepare(run, sample(7, run.profile.seed))["rows"] == made["rows"]  # and regeneration keeps them
     (run.path("training_data", EDITS)).unlink()
-    assert sum(prepare(run)["rows"].values()) == 63
+    assert sum(prepare(run)["rows"].values()) == 90
 
 
 def test_an_edit_that_fails_a_gate_stops_the_build_and_names_it(run: Run) -> None:
@@ -327,12 +328,14 @@ def test_an_edit_that_fails_a_gate_stops_the_build_and_names_it(run: Run) -> Non
         prepare(run)
     assert caught.value.problems[0].startswith(f"stakeholder_dialogues.jsonl:1: {row_id}: figures in prompt")
     review.reset(row_id)
-    assert sum(prepare(run)["rows"].values()) == 63
+    assert sum(prepare(run)["rows"].values()) == 90
 
 
 def test_other_tasks_and_a_run_without_rows(run: Run, tmp_path: Path) -> None:
-    more = prepare(run, sample(7, run.profile.seed), asked=9, enhance=9, voice=9)
-    assert sum(more["rows"].values()) == 90
+    kinds = Counter(r.task for r in read(run.path("training_data", "stakeholder_dialogues.jsonl")))
+    assert kinds == {"dialogue": 72, "enhance": 9, "voice": 9}  # the tool's requests are part of every data set
+    more = prepare(run, sample(7, run.profile.seed), enhance=27, voice=0)
+    assert sum(more["rows"].values()) == 99
     assert prepare(run)["rows"] == more["rows"]
     with pytest.raises(CourseError, match="run notebook 01 first"):
         prepare(Run.open(tmp_path / "empty", "smoke"))

@@ -47,12 +47,13 @@ def rules(package: Path = Path(stakelib.__file__).parent) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int = 0, enhance: int = 0, voice: int = 0,
-            reply: Reply = "short", tool: str | Path | None = None) -> dict[str, Any]:
+def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, enhance: int | None = None,
+            voice: int | None = None, reply: Reply = "short", tool: str | Path | None = None) -> dict[str, Any]:
     """Build, split, review, check and write the rows of `run.profile`; skipped if nothing changed, edits included.
 
-    The numbers of rows and `reply` and `tool` are those of `build`. Without scenarios: those and all settings of last
-    time, so that edits are taken over. Returns the gates' table, the number of rows per split and what was reviewed.
+    `reply` and `tool` are those of `build`, and so are the numbers of rows, which None leaves to the profile. Without
+    scenarios: those and all settings of last time, so that edits are taken over. Returns the gates' table, the number
+    of rows per split and what was reviewed.
     Raises CourseError listing every row that fails a gate.
     """
     made_with = run.path("training_data", SETTINGS)
@@ -61,7 +62,9 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, asked: int
             raise CourseError("no training rows have been made in this run", "run notebook 01 first.")
         settings = {**json.loads(made_with.read_text(encoding="utf-8")), "rules": rules()}
     else:
-        more = {"asked": asked, "enhance": enhance, "voice": voice, "reply": reply, "tool": tool and str(tool)}
+        thin = run.profile.thin
+        more = {"asked": run.profile.asked, "enhance": thin if enhance is None else enhance,
+                "voice": thin if voice is None else voice, "reply": reply, "tool": tool and str(tool)}
         settings = {"rows": run.profile.rows, "seed": run.profile.seed, "more": more, "rules": rules(),
                     "scenarios": [s.model_dump() for s in scenarios]}
     base = base_model(run.profile.model)

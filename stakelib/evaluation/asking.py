@@ -15,10 +15,11 @@ from stakelib.training import adapter_folder, load_rows
 
 
 def held_out(run: Run) -> list[dict[str, Any]]:
-    """`run.profile.test_prompts` rows of the test split, the stakeholders in turn, so that each has its share."""
+    """`run.profile.test_prompts` full dialogues of the test split, the stakeholders in turn: each has its share."""
     by_voice = defaultdict(list)
     for row in load_rows(run.path("training_data", "test.jsonl")):
-        by_voice[row["stakeholder_id"]].append(row)
+        if row.get("task", "dialogue") == "dialogue":
+            by_voice[row["stakeholder_id"]].append(row)
     rounds = [
         [voice[i] for voice in by_voice.values() if i < len(voice)] for i in range(max(map(len, by_voice.values())))
     ]
