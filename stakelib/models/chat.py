@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stakelib.run import CourseError
@@ -25,6 +25,7 @@ class Rendered:
 
     ids: list[int]
     mask: list[int]
+    where: str = field(default="", compare=False)  # file and line, or id: what a message about the row says
 
     @property
     def prompt_ids(self) -> list[int]:

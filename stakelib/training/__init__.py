@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_tokenizer
-from stakelib.run import CourseError, Run, atomic_write_text, sha256, writing
+from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
-from stakelib.training.rows import load_rows, render_rows
+from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = ["RECIPES", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "render_rows", "train"]
 
@@ -26,7 +26,8 @@ def adapter_folder(run: Run) -> Path:
 def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = None) -> dict[str, Any]:
     """Train an adapter on the run's training rows and save it with a model card; skipped if nothing changed.
 
-    Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. With `rows`, a trial
+    Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Started by
+    `accelerate launch`, the processes share the rows of each step, and the first one alone writes. With `rows`, a trial
     on that many rows for one epoch, whose adapter goes to training/trials/. Returns the losses (nats per learned
     token), tokens and speed. Raises CourseError for bad rows or a broken loss.
     """
@@ -40,25 +41,33 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
     settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": "peft"}
 
+    def checkpoints() -> Path:
+        return run.path("training", f"checkpoints-{_key(settings, files)}")
+
     def work() -> dict[str, Any]:
-        from stakelib.training.peft_backend import train_peft
+        from stakelib.training.peft_backend import agreed, train_peft
 
         tokenizer = load_tokenizer(base.folder)
-        train_rows, valid_rows = (render_rows(tokenizer, load_rows(f), recipe.max_length) for f in files)
+        train_rows, valid_rows = checked_rows(tokenizer, files, recipe.max_length)
         train_rows = train_rows[:rows]
         run.remember(machine=machine.describe(run.folder))
-        precision, why = machine.precision()
+        precision, why = agreed(machine.precision())
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
-        checkpoints = run.path("training", f"checkpoints-{_key(settings, files)}")
-        model, result = train_peft(base.folder, recipe, epochs, train_rows, valid_rows, checkpoints)
+        model, result = train_peft(base.folder, recipe, epochs, train_rows, valid_rows, checkpoints(), precision)
         result |= {"precision": precision, "precision_why": why, "rows": len(train_rows), "valid_rows": len(valid_rows)}
-        with writing(folder) as part:
-            model.save_pretrained(part)
-            _finish(part, base, recipe, result)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if is_main():
+            with writing(folder) as part:
+                model.save_pretrained(part)
+                _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
+                for file in part.iterdir():  # on the disk before the checkpoints go: a power cut finds one or the other
+                    with file.open("r+b") as stream:
+                        os.fsync(stream.fileno())
         return result
 
-    return run.stage(name, settings, [*files, base.folder / "source.json"], [folder], work)
+    result = run.stage(name, settings, [*files, base.folder / "source.json"], [folder], work)
+    if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
+        discard(checkpoints())
+    return result
 
 
 def _key(settings: dict[str, Any], files: list[Path]) -> str:
@@ -74,10 +83,14 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
     lines = [
         f"# stakeholder-{base.short_name}: a LoRA adapter that answers as nine energy stakeholders", "",
         f"- Base model: {base.origin} (licence: {base.licence}; it also binds this adapter)",
-        f"- Trained on {result['rows']} synthetic dialogues made by rules, {result['learned_tokens']} learned tokens",
-        f"- Validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']}",
+        f"- Trained on {result['rows']} synthetic dialogues made by rules, {result['learned_tokens']} learned tokens "
+        f"(train.jsonl, sha256 {result['data_sha256']})",
+        f"- Training loss {result['train_loss'][0][1]:.3f} at first, {result['train_loss'][-1][1]:.3f} at the end; "
+        f"validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']}, which is kept",
         f"- Recipe '{recipe.name}': " + ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if k != "name"),
-        "- Precision of the frozen base: " + result["precision"], "",
+        "- Precision of the frozen base: " + result["precision"],
+        "- Made on: {processor}, {cores} cores, {ram_gb} GB of memory, {system}; ".format_map(result)
+        + ", ".join(f"{library} {version}" for library, version in versions().items()), "",
         "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others.",
     ]  # fmt: skip
     atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
+from stakelib import plots
 from stakelib.models import Rendered, load_weights
-from stakelib.run import CourseError, Progress
-from stakelib.training.recipe import Recipe
+from stakelib.run import CourseError, Progress, atomic_write_json, discard, is_main, sha256, writing
+from stakelib.training.recipe import Recipe, layer_numbers
 
-COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short and is not used
+COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
+RISE = 2.0  # nats per token above the start: the right token is e^2 = 7 times less likely than before any training
 
 
 def collate(rows: list[Rendered]) -> dict[str, torch.Tensor]:
@@ -43,73 +48,181 @@ def row_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, 
     """(sum of the negative log-likelihood in nats, number) over the learned tokens; logits are made there only."""
     places = (batch["labels"][0] != -100).nonzero()[:, 0]
     # The adapter is kept in float32 and multiplied in bf16 beside a bf16 base: a fifth faster, same loss to 4 digits.
-    half = torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
-    with half, disable_input_dtype_casting(model, active=half._enabled):
+    own = extract_model_from_parallel(model)  # accelerate wraps it where several processes train
+    half = torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=own.dtype == torch.bfloat16)
+    with half, disable_input_dtype_casting(own, active=half._enabled):
         logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=places - 1).logits[0]
     wanted = batch["labels"][0, places]
     return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum"), len(places)
 
 
 class RowTrainer(Trainer):
-    """transformers' Trainer with our loss, an exact validation mean, and rows in an order fixed by the seed."""
+    """transformers' Trainer with our loss, an exact validation mean, and checkpoints that are whole or not there."""
+
+    part: Path | None = None  # where a checkpoint is being written
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001, ANN201
         total, count = row_loss(model, inputs)
-        return total / (num_items_in_batch or count)
+        return total * self.args.world_size / (num_items_in_batch or count)  # of all processes, which take the mean
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
+        own = self.eval_dataset[self.args.process_index :: self.args.world_size]
         with torch.inference_mode():
-            parts = [row_loss(self.model, self._prepare_inputs(b)) for b in self.get_eval_dataloader()]
-        metrics = {"eval_loss": float(sum(t for t, _ in parts)) / sum(n for _, n in parts)}
+            parts = [row_loss(self.model, self._prepare_inputs(self.data_collator([row]))) for row in own]
+        sums = torch.tensor([sum(float(t) for t, _ in parts), sum(n for _, n in parts)], dtype=torch.float64)
+        total, count = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        metrics = {"eval_loss": total / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_output_dir(self, trial):  # noqa: ANN001, ANN202
+        return str(self.part or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:  # noqa: ANN001
+        """Hidden until it is whole; then the last two and the best are kept."""
+        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if not is_main():
+            return super()._save_checkpoint(model, trial)
+        with writing(final) as self.part:
+            super()._save_checkpoint(model, trial)
+            for file in (self.part / final.name).iterdir():
+                file.rename(self.part / file.name)
+            (self.part / final.name).rmdir()
+            atomic_write_json(self.part / COMPLETE, {f.name: sha256(f) for f in self.part.iterdir()})
+        found = by_step(final.parent)
+        for old in found[:-2]:
+            if old.name != f"checkpoint-{self.state.best_global_step}":
+                discard(old)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if is_main():
+            super()._save_rng_state(output_dir)
+
 
 class Watch(TrainerCallback):
-    """Progress lines, a checkpoint every few minutes, a mark on complete checkpoints, and a stop on a broken loss."""
+    """Progress lines and a live picture, a checkpoint every few minutes, and a stop when nothing good comes any more.
 
-    def __init__(self, total: int, save_every_s: float = 180.0) -> None:
+    `names`: what to call each row, in the order of training; `per_step`: rows per optimiser step.
+    """
+
+    def __init__(self, total: int, names: list[str], recipe: Recipe, save_every_s: float = 180.0) -> None:
         self.progress, self.save_every_s = Progress("training", total, "steps", every=15), save_every_s
-        self.saved, self.loss = time.monotonic(), float("nan")
+        self.names, self.recipe, self.picture = names, recipe, None
+        self.saved, self.drawn, self.loss = time.monotonic(), 0.0, float("nan")
 
     def on_train_begin(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
         self.progress.tick(state.global_step)
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):  # noqa: ANN001, ANN003, ANN201
+        """Before the weights change: a checkpoint never holds what is not a number."""
+        if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            rows = self.names[state.global_step * self.recipe.accumulate :][: self.recipe.accumulate]
+            raise diverged(args, state, f"the loss is not a number at step {state.global_step + 1}", rows)
+
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001, ANN003, ANN201
-        self.loss = (logs or {}).get("loss", self.loss)
-        broken = [k for k in ("loss", "eval_loss") if k in (logs or {}) and not math.isfinite(logs[k])]
-        if broken:
-            raise CourseError(
-                f"{broken[0]} is not a number at step {state.global_step}: training diverged",
-                "lower learning_rate in the recipe (half of it) and run the notebook again",
-            )
-        if "eval_loss" in (logs or {}):
-            print(f"validation loss {logs['eval_loss']:.3f} at step {state.global_step}", flush=True)
+        logs, step, losses = logs or {}, state.global_step, [h["loss"] for h in state.log_history if "loss" in h]
+        self.loss = logs.get("loss", self.loss)
+        # Twice in a row, so that one odd row is no reason.
+        if "loss" in logs and len(losses) > 2 and min(losses[-2:]) > losses[0] + RISE:
+            rows = self.names[(step - args.logging_steps) * self.recipe.accumulate : step * self.recipe.accumulate]
+            raise diverged(args, state, f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f} at step {step}", rows)
+        if "eval_loss" in logs:
+            print(f"validation loss {logs['eval_loss']:.3f} at step {step}", flush=True)
+        if "eval_loss" in logs or self.drawn < self.progress.last:
+            self.drawn, self.picture = self.progress.last, show_losses(state.log_history, self.picture)
+
+    def on_evaluate(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
+        if not math.isfinite(state.log_history[-1]["eval_loss"]):
+            raise diverged(args, state, f"the validation loss is not a number at step {state.global_step}", [])
+        if state.global_step < state.max_steps and no_better(state.log_history, self.recipe.patience):
+            print(f"training: no better for {self.recipe.patience} validations, so it ends here", flush=True)
+            control.should_training_stop, control.should_save = True, False  # a resumed run shall stop here again
 
     def on_step_end(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
         self.progress.tick(state.global_step, f"loss {self.loss:.3f}" if math.isfinite(self.loss) else "")
-        if time.monotonic() - self.saved > self.save_every_s:
+        if args.world_size == 1 and time.monotonic() - self.saved > self.save_every_s:  # clocks of two would disagree
             control.should_save = True
         return control
 
     def on_save(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
         self.saved = time.monotonic()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+
+
+def no_better(history: list[dict[str, float]], patience: int) -> bool:
+    """True if the last `patience` validation losses of the log are all worse than the best one before them."""
+    losses = [h["eval_loss"] for h in history if "eval_loss" in h]
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def diverged(args: TrainingArguments, state: TrainerState, what: str, rows: list[str]) -> CourseError:
+    """What happened, with which rows, and what is left."""
+    kept = f"the best checkpoint so far, of step {state.best_global_step}, is kept"
+    return CourseError(
+        [f"training diverged: {what}", *(f"it was learning {row}" for row in rows)]
+        + ([f"{kept} in {Path(args.output_dir).name}"] if state.best_global_step else []),
+        "read the rows named; if nothing is wrong with them, lower learning_rate in the recipe (half of it), run again",
+    )
+
+
+def show_losses(history: list[dict[str, float]], picture: Any) -> Any:
+    """Draw both losses so far in place of `picture`; only where Jupyter says that a person's notebook is open.
+
+    Under papermill and nbval, and without a notebook, nothing is shown: plain lines tell the same.
+    """
+    if "JPY_SESSION_NAME" not in os.environ:
+        return None
+    from IPython.display import display
+
+    chart = plots.loss_curve(curves(history))
+    if picture is None:
+        return display(chart, display_id=True)
+    picture.update(chart)
+    return picture
+
+
+def curves(history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
+    """(step, loss) of training and validation from the trainer's log."""
+    names = {"train_loss": "loss", "valid_loss": "eval_loss"}
+    return {name: [[h["step"], h[key]] for h in history if key in h] for name, key in names.items()}
+
+
+def by_step(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that were cut short are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for broken in [c for c in found if not (c / COMPLETE).exists()]:
-        shutil.rmtree(broken)
-    return next((c for c in reversed(found) if c.exists()), None)
+    """The newest checkpoint whose files are as they were written; later ones that are not are removed."""
+    for found in reversed(by_step(folder)):
+        with contextlib.suppress(OSError, ValueError):
+            files = json.loads((found / COMPLETE).read_text(encoding="utf-8"))
+            if files and all(sha256(found / name) == wanted for name, wanted in files.items()):
+                return found
+        if is_main():
+            discard(found)
+    return None
+
+
+def processes() -> PartialState:
+    """Those that train together (accelerate's view of them): one, unless `accelerate launch` started more."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def agreed(value: Any) -> Any:
+    """What the first process found, in all of them: two measurements could differ."""
+    return broadcast_object_list([value])[0] if processes().num_processes > 1 else value
 
 
 def train_peft(
-    base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
+    base: Path,
+    recipe: Recipe,
+    epochs: int,
+    train: list[Rendered],
+    valid: list[Rendered],
+    checkpoints: Path,
+    precision: str,
 ) -> tuple[Any, dict[str, Any]]:
     """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
 
@@ -117,31 +230,44 @@ def train_peft(
     validation loss (nats per learned token), best step, trainable parameters, learned tokens, rows per second.
     """
     set_seed(recipe.seed)
-    model = load_weights(base)
+    model = load_weights(base, dtype=precision)
     model.config.use_cache = False
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
-        bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, lora_config(recipe, model.config))
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     every = max(1, steps // (epochs * recipe.validate_per_epoch))
+    args = _arguments(recipe, checkpoints, steps, every)
     trainer = RowTrainer(
         model=model,
-        args=_arguments(recipe, checkpoints, steps, every),
-        train_dataset=[train[i] for i in order],
+        args=args,
+        train_dataset=[train[i] for i in order] + [Rendered(train[0].ids[:1], [0])] * (-len(order) % args.world_size),
         eval_dataset=valid,
         data_collator=collate,
-        callbacks=[Watch(steps)],
+        callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)],
     )
     trainer.remove_callback(PrinterCallback)
     resumed = last_checkpoint(checkpoints)
     if resumed:
         print(f"training: going on from {resumed.name} of {steps}", flush=True)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        with watch.progress.heartbeat():
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except KeyboardInterrupt:
+        print("training: interrupted; started again, it goes on from its last checkpoint", flush=True)
+        raise
+    if is_main():
+        model.load_adapter(checkpoints / f"checkpoint-{trainer.state.best_global_step}", "default")
     return model, _result(trainer, model, train, order, steps, resumed, time.monotonic() - started, recipe.accumulate)
+
+
+def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
+    """The recipe in PEFT's words, for a model with this transformers config."""
+    return LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
+        layers_to_transform=layer_numbers(config, recipe) if recipe.layers else None, bias="none",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
 
 
 def row_order(rows: int, epochs: int, seed: int) -> list[int]:
@@ -151,31 +277,36 @@ def row_order(rows: int, epochs: int, seed: int) -> list[int]:
 
 
 def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> TrainingArguments:
+    count = processes().num_processes
+    if recipe.accumulate % count:
+        wrong = f"{count} processes cannot share evenly the rows of a step, which are {recipe.accumulate}"
+        raise CourseError(wrong, f"give --rows-per-step {count} or a multiple of it")
     return TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,
-        per_device_eval_batch_size=1, gradient_accumulation_steps=recipe.accumulate,
+        per_device_eval_batch_size=1, gradient_accumulation_steps=recipe.accumulate // count,
         learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
         warmup_steps=math.ceil(recipe.warmup * steps), weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
         train_sampling_strategy="sequential", remove_unused_columns=False, dataloader_num_workers=0,
         logging_steps=max(1, min(5, every)), logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
-        eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every,
+        metric_for_best_model="eval_loss", greater_is_better=False,
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
+        ddp_find_unused_parameters=False,
     )  # fmt: skip
 
 
 def _result(trainer, model, train, order, steps, resumed, seconds, per_step):  # noqa: ANN001, ANN202
-    history = trainer.state.log_history
-    done = steps - (int(resumed.name.split("-")[1]) if resumed else 0)
+    start, end = int(resumed.name.split("-")[1]) if resumed else 0, trainer.state.global_step
+    seen = [train[i] for i in order[: end * per_step]]
     return {
-        "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
-        "valid_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
+        **curves(trainer.state.log_history),
         "best_step": trainer.state.best_global_step,
         "best_valid_loss": trainer.state.best_metric,
         "steps": steps,
+        "stopped_early_at": end if end < steps else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "learned_tokens": sum(sum(train[i].mask) for i in order),
-        "all_tokens": sum(len(train[i].ids) for i in order),
-        "rows_per_second": round(done * per_step / max(seconds, 1e-9), 2),
-        "resumed_at": int(resumed.name.split("-")[1]) if resumed else 0,
+        "learned_tokens": sum(sum(row.mask) for row in seen),
+        "all_tokens": sum(len(row.ids) for row in seen),
+        "rows_per_second": round((end - start) * per_step / max(seconds, 1e-9), 2),
+        "resumed_at": start,
     }
