@@ -92,12 +92,14 @@ def guide(model: str, train: list[Any], folder: Path, tuned: bool) -> tuple[Any,
 
 def course(model: str, train: list[Any], valid: list[Any], folder: Path) -> tuple[Any, list[float], int]:
     """The course's own back-end and recipe, one validation at the end."""
+    from stakelib import machine
     from stakelib.models import base_model
     from stakelib.training import RECIPES, peft_backend
 
     peft_backend.Watch = clock = clock_of(peft_backend.Watch)
     recipe = replace(RECIPES["course"], validate_per_epoch=1)
-    net, _ = peft_backend.train_peft(base_model(model).folder, recipe, 1, train, valid[:1], folder)
+    base, precision = base_model(model).folder, machine.precision()[0]
+    net, _ = peft_backend.train_peft(base, recipe, 1, train, valid[:1], folder, precision)
     return net, clock.seconds, recipe.accumulate
 
 

@@ -32,7 +32,7 @@ def kind_of(operation: str) -> str:
 def measure(model: str, rows: int) -> dict[str, Any]:
     """Steps of the course's recipe, one row each: seconds, operations, share of the peak, share of time by kind."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,14 +44,15 @@ def measure(model: str, rows: int) -> dict[str, Any]:
     quiet()
     recipe = RECIPES["course"]
     train, _ = rows_of(model, 2 * rows + 2)
-    net = get_peft_model(load_weights(base_model(model).folder), LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(recipe.targets), task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=recipe.learning_rate)
+    net = load_weights(base_model(model).folder)
+    net = get_peft_model(net, peft_backend.lora_config(recipe, net.config))
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], recipe.learning_rate, fused=True)
+    multiple = 64 if net.dtype == torch.bfloat16 else 1
     spent = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
 
     def step(row: Any) -> None:
         at = [time.perf_counter()]
-        total, count = peft_backend.row_loss(net, peft_backend.collate([row]))
+        total, count = peft_backend.row_loss(net, peft_backend.collate([row], multiple))
         at.append(time.perf_counter())
         (total / count).backward()
         at.append(time.perf_counter())
