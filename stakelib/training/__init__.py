@@ -12,10 +12,14 @@ from typing import Any
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_tokenizer
 from stakelib.run import CourseError, Run, atomic_write_text, sha256, writing
+from stakelib.training.plan import Plan, memory, plan, settle
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import load_rows, render_rows
 
-__all__ = ["RECIPES", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "render_rows", "train"]
+__all__ = [
+    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "plan", "render_rows",
+    "train",
+]  # fmt: skip
 
 
 def adapter_folder(run: Run) -> Path:
@@ -28,7 +32,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
 
     Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. With `rows`, a trial
     on that many rows for one epoch, whose adapter goes to training/trials/. Returns the losses (nats per learned
-    token), tokens and speed. Raises CourseError for bad rows or a broken loss.
+    token), tokens and speed. Raises CourseError for bad rows, a run that cannot fit into memory, or a broken loss.
     """
     if backend not in ("auto", "peft"):
         raise CourseError(f"back-end '{backend}' is unknown", "use backend='peft'")
@@ -46,12 +50,15 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = (render_rows(tokenizer, load_rows(f), recipe.max_length) for f in files)
         train_rows = train_rows[:rows]
-        run.remember(machine=machine.describe(run.folder))
-        precision, why = machine.precision()
+        here = machine.describe(run.folder)
+        run.remember(machine=here)
+        settled, why = settle(run.profile.model, recipe, train_rows + valid_rows, here["ram_free_gb"])
+        precision, checkpointing = settled.precision, settled.checkpointing
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         checkpoints = run.path("training", f"checkpoints-{_key(settings, files)}")
-        model, result = train_peft(base.folder, recipe, epochs, train_rows, valid_rows, checkpoints)
-        result |= {"precision": precision, "precision_why": why, "rows": len(train_rows), "valid_rows": len(valid_rows)}
+        model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints)
+        result |= {"precision": precision, "precision_why": why, "checkpointing": checkpointing}
+        result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
         with writing(folder) as part:
             model.save_pretrained(part)
             _finish(part, base, recipe, result)

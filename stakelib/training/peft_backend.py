@@ -113,11 +113,12 @@ def train_peft(
 ) -> tuple[Any, dict[str, Any]]:
     """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
 
-    Returns the peft model holding the best adapter by validation loss, and the result: history of training and
-    validation loss (nats per learned token), best step, trainable parameters, learned tokens, rows per second.
+    The recipe's precision and checkpointing are decided before (`settle`). Returns the peft model holding the best
+    adapter by validation loss, and the result: history of training and validation loss (nats per learned token), best
+    step, trainable parameters, learned tokens, rows per second.
     """
     set_seed(recipe.seed)
-    model = load_weights(base)
+    model = load_weights(base, dtype=recipe.precision)
     model.config.use_cache = False
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
@@ -160,6 +161,7 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         logging_steps=max(1, min(5, every)), logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
         eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        activation_checkpointing=recipe.checkpointing == "on", activation_checkpointing_kwargs={"use_reentrant": True},
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
     )  # fmt: skip
 
