@@ -97,9 +97,8 @@ def course(model: str, train: list[Any], valid: list[Any], folder: Path) -> tupl
     from stakelib.training import RECIPES, peft_backend
 
     peft_backend.Watch = clock = clock_of(peft_backend.Watch)
-    recipe = replace(RECIPES["course"], validate_per_epoch=1)
-    base, precision = base_model(model).folder, machine.precision()[0]
-    net, _ = peft_backend.train_peft(base, recipe, 1, train, valid[:1], folder, precision)
+    recipe = replace(RECIPES["course"], validate_per_epoch=1, precision=machine.precision()[0])
+    net, _ = peft_backend.train_peft(base_model(model).folder, recipe, 1, train, valid[:1], folder)
     return net, clock.seconds, recipe.accumulate
 
 

@@ -67,7 +67,7 @@ def matmul_gflops(dtype: str, size: int = 768, seconds: float = 0.3) -> float:
     """Speed of a square matrix product on this CPU (10^9 floating-point operations per second; 2 n^3 each)."""
     import torch
 
-    a = torch.randn(size, size).to(getattr(torch, dtype))
+    a = torch.ones(size, size).to(getattr(torch, dtype))  # a probe must not move a training's random numbers
     a @ a
     done, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds or not done:

@@ -239,15 +239,17 @@ def test_no_symlinks() -> None:
 def test_every_pin_is_exact_and_the_same_everywhere() -> None:
     cpu, m1 = (pins((ROOT / f"requirements-{x}.txt").read_text(encoding="utf-8")) for x in ("cpu", "m1"))
     assert all(re.fullmatch(r"[0-9][0-9.]*", version) for version in m1.values()), m1  # so no +cpu either
-    assert {name: version for name, version in m1.items() if not name.startswith("mlx")} == cpu
-    assert {"mlx", "mlx-lm"} <= set(m1)
+    assert m1.keys() - cpu.keys() == {"mlx", "mlx-lm"}
+    assert cpu.keys() - m1.keys() == {"bitsandbytes"}
+    assert [name for name in m1.keys() & cpu.keys() if m1[name] != cpu[name]] == []
     assert f"torch=={cpu['torch']}" == course.TORCH
     lines = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
-    marker = 'sys_platform == "darwin" and platform_machine == "arm64"'
+    marker, elsewhere = 'sys_platform == "darwin" and platform_machine == "arm64"', 'sys_platform != "darwin"'
     split = [line.partition("; ")[::2] for line in lines if not line.startswith("-")]
-    assert pins("\n".join(line for line, _ in split)) == m1
+    assert pins("\n".join(line for line, _ in split)) == m1 | cpu
     assert {line.partition("==")[0] for line, only in split if only == marker} == {"mlx", "mlx-lm"}
-    assert {only for _, only in split} == {"", marker}
+    assert {line.partition("==")[0] for line, only in split if only == elsewhere} == {"bitsandbytes"}
+    assert {only for _, only in split} == {"", marker, elsewhere}
     low, high = (".".join(map(str, v)) for v in (course.PYTHON_FROM, course.PYTHON_BELOW))
     assert pyproject()["project"]["requires-python"] == f">={low},<{high}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 from stakelib.models.chat import render, stop_ids, template
 from stakelib.models.gguf_weights import architecture, load_gemma
 from stakelib.run import CourseError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to fetch compiled code when peft imports it
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,8 @@ class Transformers:
 def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = None) -> Any:
     """A causal language model in evaluation mode, from a folder of safetensors or from a GGUF (de-quantised).
 
-    `dtype` None takes what this machine multiplies fastest. `adapter`: a PEFT folder laid over it.
+    `dtype` None takes what this machine multiplies fastest; "int8" and "nf4" pack the matrices of the layers
+    (bitsandbytes), while embeddings and sums stay in that format. `adapter`: a PEFT folder laid over it.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -185,7 +189,8 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
     from stakelib.machine import precision
 
     quiet()
-    wanted = getattr(torch, dtype or precision()[0])
+    packed = dtype in PACKED
+    wanted = getattr(torch, precision()[0] if packed or not dtype else dtype)
     source = Path(source)
     if source.suffix == ".gguf" and architecture(source) == "gemma":
         model = load_gemma(source, wanted)
@@ -194,9 +199,32 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
             source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted
         )
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True, local_files_only=True)
+        more = {"quantization_config": packing(dtype, wanted)} if packed else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more
+        )
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()
+    for layer in model.eval().modules() if packed else ():
+        if type(layer).__module__.startswith("bitsandbytes"):
+            # In evaluation mode bitsandbytes rounds what comes in, or packs 4 bits so that no gradient passes any more
+            layer.training, layer.train = True, lambda mode=True, layer=layer: layer
+    return model
+
+
+PACKED = ("int8", "nf4")  # 8 and 4 bits: LLM.int8 (arXiv 2208.07339), QLoRA (arXiv 2305.14314)
+
+
+def packing(dtype: str, compute: Any) -> Any:
+    """transformers' settings for weights of 8 or 4 bits; raises CourseError without bitsandbytes."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise CourseError(f"precision '{dtype}' needs bitsandbytes, which is not installed", "take precision float32")
+    if dtype == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

@@ -12,10 +12,14 @@ from typing import Any
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_tokenizer
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
+from stakelib.training.plan import Plan, memory, plan, settle
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
-__all__ = ["RECIPES", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "render_rows", "train"]
+__all__ = [
+    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "plan", "render_rows",
+    "train",
+]  # fmt: skip
 
 
 def adapter_folder(run: Run) -> Path:
@@ -29,7 +33,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Started by
     `accelerate launch`, the processes share the rows of each step, and the first one alone writes. With `rows`, a trial
     on that many rows for one epoch, whose adapter goes to training/trials/. Returns the losses (nats per learned
-    token), tokens and speed. Raises CourseError for bad rows or a broken loss.
+    token), tokens and speed. Raises CourseError for bad rows, a run that cannot fit into memory, or a broken loss.
     """
     if backend not in ("auto", "peft"):
         raise CourseError(f"back-end '{backend}' is unknown", "use backend='peft'")
@@ -50,11 +54,13 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = checked_rows(tokenizer, files, recipe.max_length)
         train_rows = train_rows[:rows]
-        run.remember(machine=machine.describe(run.folder))
-        precision, why = agreed(machine.precision())
-        print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
-        model, result = train_peft(base.folder, recipe, epochs, train_rows, valid_rows, checkpoints(), precision)
-        result |= {"precision": precision, "precision_why": why, "rows": len(train_rows), "valid_rows": len(valid_rows)}
+        here = machine.describe(run.folder)
+        run.remember(machine=here)
+        settled, why = agreed(settle(run.profile.model, recipe, train_rows + valid_rows, here["ram_free_gb"]))
+        print(f"training: {len(train_rows)} rows, {settled.precision} weights: {why}", flush=True)
+        model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints())
+        result |= {"precision": settled.precision, "precision_why": why, "checkpointing": settled.checkpointing}
+        result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
         if is_main():
             with writing(folder) as part:
                 model.save_pretrained(part)

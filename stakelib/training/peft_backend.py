@@ -217,21 +217,16 @@ def agreed(value: Any) -> Any:
 
 
 def train_peft(
-    base: Path,
-    recipe: Recipe,
-    epochs: int,
-    train: list[Rendered],
-    valid: list[Rendered],
-    checkpoints: Path,
-    precision: str,
+    base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
 ) -> tuple[Any, dict[str, Any]]:
     """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
 
-    Returns the peft model holding the best adapter by validation loss, and the result: history of training and
-    validation loss (nats per learned token), best step, trainable parameters, learned tokens, rows per second.
+    The recipe's precision and checkpointing are decided before (`settle`). Returns the peft model holding the best
+    adapter by validation loss, and the result: history of training and validation loss (nats per learned token), best
+    step, trainable parameters, learned tokens, rows per second.
     """
     set_seed(recipe.seed)
-    model = load_weights(base, dtype=precision)
+    model = load_weights(base, dtype=recipe.precision)
     model.config.use_cache = False
     model = get_peft_model(model, lora_config(recipe, model.config))
     order = row_order(len(train), epochs, recipe.seed)
@@ -291,6 +286,7 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         logging_steps=max(1, min(5, every)), logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
         eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every,
         metric_for_best_model="eval_loss", greater_is_better=False,
+        activation_checkpointing=recipe.checkpointing == "on", activation_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
         ddp_find_unused_parameters=False,
     )  # fmt: skip

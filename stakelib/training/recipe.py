@@ -24,6 +24,10 @@ class Recipe:
     warmup: float = 0.05  # share of the steps in which the rate climbs: early steps are noisy
     accumulate: int = 1  # rows per optimizer step: after 178 rows, one each stood at a loss of 1.29, two at 1.47
     max_length: int = 1536  # tokens; a longer row is an error, never cut (it would lose its end-of-turn token)
+    precision: str = "auto"  # of the frozen base: bfloat16 where this machine multiplies it faster, else float32.
+    # int8 and nf4 (4 bits) save memory and never time: each matrix is unpacked again whenever it is used
+    checkpointing: str = "auto"  # "on" keeps only what enters each layer and works the rest out again on the way back:
+    # about a third more time, so auto means "off" wherever the run then fits
     validate_per_epoch: int = 4  # and a checkpoint each time: the best one is kept, at most a quarter epoch is lost
     patience: int = 4  # validations without a better loss, then it stops: an epoch over known rows that taught nothing
     seed: int = 7
@@ -78,16 +82,20 @@ def layer_numbers(config: Any, recipe: Recipe) -> list[int]:
     return list(range(every))[-count:]
 
 
-def adapter_parameters(config: Any, recipe: Recipe) -> int:
-    """How many numbers the adapter holds: rank x (inputs + outputs) of each target, in every layer that learns.
-
-    `config`: a transformers config of the Llama or Gemma family. Formula: Hu et al. 2021 (arXiv 2106.09685), 4.1.
-    """
+def matrices(config: Any) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each matrix of one layer; `config`: a transformers config of the Llama or Gemma family."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    sizes = {
-        "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
-        "gate_proj": hidden + inner, "up_proj": hidden + inner, "down_proj": inner + hidden,
+    return {
+        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
     }  # fmt: skip
-    return len(layer_numbers(config, recipe)) * recipe.rank * sum(sizes[t] for t in recipe.targets)
+
+
+def adapter_parameters(config: Any, recipe: Recipe) -> int:
+    """How many numbers the adapter holds: rank x (inputs + outputs) of each target, in every layer that learns.
+
+    Formula: Hu et al. 2021 (arXiv 2106.09685), 4.1.
+    """
+    return len(layer_numbers(config, recipe)) * recipe.rank * sum(sum(matrices(config)[t]) for t in recipe.targets)

@@ -1,0 +1,260 @@
+"""What a run needs, before it starts: shapes without weights, memory by formula, precision, checkpointing, refusal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import FAST, run_with_rows
+
+from stakelib import machine
+from stakelib.models import MODELS, BaseModel, Rendered, config_of, load_weights
+from stakelib.run import CourseError
+from stakelib.training import RECIPES, Recipe, adapter_folder, memory, plan, train
+from stakelib.training.plan import FULL, kept_bytes, need_gb, padded, settle
+
+ROWS = [Rendered(list(range(110, 110 + n)), [0] * (n - 20) + [1] * 20) for n in (40, 60, 90)]
+COURSE = replace(RECIPES["course"], precision="float32", checkpointing="off")
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+PUBLISHED = {
+    "gemma-2b": 2_506_172_416,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-270m": 268_098_176,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_have_the_published_number_of_parameters(name: str, home: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config_of(name))
+    assert sum(p.numel() for p in built.parameters()) == PUBLISHED[name]
+    assert not (home / "cache").exists()  # nothing was fetched for it
+
+
+def test_every_model_of_the_catalogue_has_a_shape(tiny: BaseModel) -> None:
+    kinds = {name: str(config_of(name).dtype) for name in MODELS}
+    assert kinds["smollm2-135m"] == "torch.float32"  # unpacked from a package
+    assert kinds["gemma-2b-it"] == kinds["gemma-3-270m-it"] == "torch.bfloat16"  # as the hub has it
+    assert config_of(str(tiny.folder)).hidden_size == config_of("tiny-gemma").hidden_size == 64
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+SMALL = {
+    "vocab_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 96,
+    "intermediate_size": 256, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def saved_bytes(config: Any, recipe: Recipe, tokens: int, dtype: str) -> int:
+    """What autograd really keeps from the forward pass of a row, frozen weights left out."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from stakelib.training.peft_backend import collate, row_loss
+
+    lora = LoraConfig(r=recipe.rank, target_modules=list(recipe.targets), task_type="CAUSAL_LM")
+    net = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)), lora).train()
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        row_loss(net, collate([Rendered([5] * tokens, [0] * (tokens - 8) + [1] * 8)]))
+    return sum(s.nbytes() for s in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma2", "gemma3_text"])
+def test_the_formula_counts_what_a_layer_keeps(kind: str, dtype: str) -> None:
+    from transformers import AutoConfig
+
+    recipe = replace(COURSE, rank=4)
+    more = {"sliding_window": 128} if kind in ("gemma2", "gemma3_text") else {}
+    one, two = (AutoConfig.for_model(kind, **{**SMALL, **more, "num_hidden_layers": n}) for n in (1, 2))
+    for tokens in (64, 256):
+        counted = saved_bytes(two, recipe, tokens, dtype) - saved_bytes(one, recipe, tokens, dtype)
+        copies = adapter_copies(one, recipe) if dtype == "bfloat16" else 0
+        said = kept_bytes(one, recipe, tokens, 2 if dtype == "bfloat16" else 4)
+        assert said + copies == pytest.approx(counted, rel=0.05)
+        assert said + copies != pytest.approx(saved_bytes(two, recipe, tokens + 64, dtype), rel=0.05)
+
+
+def adapter_copies(config: Any, recipe: Recipe) -> int:
+    """Bytes of the adapter's bf16 copy in one layer, which the formula counts with the adapter."""
+    from stakelib.training import adapter_parameters
+
+    return 2 * adapter_parameters(config, recipe) // config.num_hidden_layers
+
+
+def test_memory_grows_with_what_it_should_and_shrinks_with_what_it_should() -> None:
+    config = config_of("gemma-2b")
+    base = memory(config, COURSE, 704, 352)
+    peaks = {p: memory(config, replace(COURSE, precision=p, checkpointing="on"), 704, 352) for p in ("int8", "nf4")}
+    assert base["weights"] == pytest.approx(4 * 2.506e9 / 2**30, rel=0.01)
+    assert memory(config, replace(COURSE, precision="bfloat16"), 704, 352)["weights"] == 0  # stays in the file
+    assert memory(config, replace(COURSE, precision="bfloat16"), 704, 352)["mapped"] == pytest.approx(4.67, rel=0.01)
+    assert base["weights"] > 2 * peaks["int8"]["weights"] > 2 * peaks["nf4"]["weights"]
+    assert base["activations"] > 10 * peaks["int8"]["activations"]
+    assert memory(config, COURSE, 1408, 352)["activations"] == pytest.approx(2 * base["activations"])
+    assert memory(config, replace(COURSE, precision=FULL), 704, 352)["adapter"] > 25  # GB: gradient and two moments
+    assert [padded(n) for n in (1, 64, 65)] == [64, 64, 128]
+
+
+# ------------------------------------------------------------------------------------------------- what train does
+
+
+def test_checkpointing_runs_each_layer_twice_and_learns_the_same(
+    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaMLP
+
+    calls, forward = [], GemmaMLP.forward
+    monkeypatch.setattr(GemmaMLP, "forward", lambda self, x: calls.append(x.requires_grad) or forward(self, x))
+    results, counts = {}, {}
+    for way in ("off", "on"):
+        calls.clear()
+        results[way] = train(run_with_rows(home / way), replace(FAST, precision="float32", checkpointing=way))
+        counts[way] = len(calls)
+    losses = {way: [loss for _, loss in r["valid_loss"]] for way, r in results.items()}
+    assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
+    assert counts["on"] == counts["off"] + 2 * 16  # two layers once more for each of 16 rows
+    assert (results["on"]["checkpointing"], results["off"]["checkpointing"]) == ("on", "off")
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_packed_weights_learn_and_still_do_after_a_validation(
+    precision: str, tiny: BaseModel, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = train(run_with_rows(home / "plain"), replace(FAST, precision="float32"))
+    result = train(run_with_rows(home / precision), replace(FAST, precision=precision))
+    assert result["precision"] == precision
+    assert f"{precision} weights: chosen in the recipe" in capsys.readouterr().out
+    assert result["best_valid_loss"] == pytest.approx(plain["best_valid_loss"], abs=0.1)
+    assert result["best_valid_loss"] < plain["valid_loss"][0][1] - 0.1
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_packed_weights_answer_alike_in_both_modes_and_pass_gradients(precision: str, tiny: BaseModel) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from stakelib.training.peft_backend import collate, row_loss
+
+    pytest.importorskip("bitsandbytes")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    net = get_peft_model(load_weights(tiny.folder, dtype=precision), lora)
+    packed = [m for m in net.modules() if type(m).__module__.startswith("bitsandbytes")]
+    assert len(packed) == 14
+    assert {p.dtype for m in packed for p in m.parameters()} == {torch.int8 if precision == "int8" else torch.uint8}
+    net.eval()
+    with torch.inference_mode():
+        before = row_loss(net, collate(ROWS[:1]))[0].item()
+    net.train()
+    loss = row_loss(net, collate(ROWS[:1]))[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(before, rel=1e-6)
+    first = net.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.grad
+    assert first.abs().max() > 0  # through the packed matrices of the second layer
+
+
+def test_packed_weights_without_bitsandbytes_say_what_to_do(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
+    with pytest.raises(CourseError, match="'nf4' needs bitsandbytes(.|\n)*float32"):
+        load_weights(tiny.folder, dtype="nf4")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_loaded(
+    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stakelib.training import peft_backend
+
+    monkeypatch.setattr(peft_backend, "load_weights", lambda *_, **__: pytest.fail("loaded the weights"))
+    here = machine.describe()
+    monkeypatch.setattr(machine, "describe", lambda *_: here | {"ram_free_gb": 0.3})
+    run = run_with_rows(home / "run")
+    with pytest.raises(CourseError, match=r"tiny-gemma in .*: 0\.4 GB needed, 0\.3 GB free(.|\n)*close other"):
+        train(run, FAST)
+    assert not adapter_folder(run).exists()
+
+
+def test_refusal_names_what_would_fit() -> None:
+    rows = [Rendered([5] * 700, [0] * 350 + [1] * 350)]
+    with pytest.raises(CourseError, match="9 GB free") as refused:
+        settle("gemma-2b-it", replace(COURSE, checkpointing="auto"), rows, 9)
+    assert "gemma-2b-it with precision 'int8'" in refused.value.next_action
+
+
+def test_auto_keeps_checkpointing_off_where_the_run_fits() -> None:
+    rows = [Rendered([5] * 700, [0] * 350 + [1] * 350)]
+    recipe = replace(COURSE, checkpointing="auto")
+    off, on = (need_gb("smollm2-135m", replace(COURSE, checkpointing=c), rows) for c in ("off", "on"))
+    assert off > on + 0.3
+    assert settle("smollm2-135m", recipe, rows, off + 0.01)[0].checkpointing == "off"
+    assert settle("smollm2-135m", recipe, rows, off - 0.01)[0].checkpointing == "on"
+    with pytest.raises(CourseError, match="checkpointing off"):
+        settle("smollm2-135m", COURSE, rows, off - 0.01)
+
+
+def test_auto_precision_follows_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("float32", "bfloat16"):
+        monkeypatch.setattr(machine, "precision", lambda kind=kind: (kind, "for this test"))
+        recipe, why = settle("smollm2-135m", Recipe(), ROWS, 16)
+        assert (recipe.precision, why) == (kind, "for this test")
+        assert settle("smollm2-135m", Recipe(precision="nf4"), ROWS, 16)[0].precision == "nf4"
+
+
+# ------------------------------------------------------------------------------------------------- plan
+
+
+def test_the_plan_of_the_tiny_model(tiny: BaseModel) -> None:
+    recipe = Recipe(rank=4)
+    made = plan("tiny-gemma", recipe, ROWS, {"ram_free_gb": 8.0}, valid=ROWS[:1], models=("tiny-gemma",))
+    assert made.recipe.precision == machine.precision()[0]
+    assert 0.4 < made.peak_gb < 0.6
+    assert 0 < made.hours < 0.1
+    assert list(made.table.precision)[-1] == FULL
+    assert made.table.fits.all()
+    assert made.table.hours.notna().tolist() == [True] * (len(made.table) - 1) + [False]
+    assert made.choice["model"] == "tiny-gemma" and "tiny-gemma in" in made.advice
+    twice = plan("tiny-gemma", recipe, ROWS * 2, {"ram_free_gb": 8.0}, valid=ROWS[:1] * 2, models=("tiny-gemma",))
+    assert twice.hours == pytest.approx(2 * made.hours)  # the probe of these shapes is kept
+
+
+def test_a_plan_says_when_no_model_fits(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["stakelib.training.plan"], "hours", lambda *_: 11.0)
+    made = plan("tiny-gemma", Recipe(), ROWS, {"ram_free_gb": 2.0}, models=("tiny-gemma", "gemma-2b-it"))
+    assert made.choice == {}
+    assert made.table[made.table.model == "gemma-2b-it"].fits.tolist().count(True) == 0
+    assert "nothing" in made.advice
+
+
+def test_probes_leave_the_random_numbers_of_a_training_alone(tiny: BaseModel) -> None:
+    from stakelib.training.plan import _probe
+
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    machine.matmul_gflops("float32", 64, 0.01)
+    _probe("tiny-gemma", "float32", "on", 2, ("q_proj",), 64, 8)
+    assert torch.equal(torch.rand(4), wanted)
