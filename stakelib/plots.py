@@ -85,6 +85,21 @@ def loss_curve(result: Mapping[str, Any]) -> Any:
     return chart
 
 
+def trend(values: Mapping[float, float], what: str) -> Any:
+    """Best validation loss (nats per token) over settings that differ by factors; `what` names them ("rows")."""
+    best = min(values, key=values.__getitem__)
+    told = "; ".join(f"{x:g}: {loss:.2f}" for x, loss in values.items())
+    chart, axes = _chart(f"Lowest validation loss: {values[best]:.2f}, with {what} {best:g}", told, size=(7, 2.8))
+    axis = axes[0, 0]
+    axis.plot(list(values), list(values.values()), marker="o", lw=2, color=TUNED, clip_on=False)
+    axis.set_xscale("log")
+    axis.set_xticks(list(values), [f"{x:g}" for x in values])
+    axis.minorticks_off()
+    axis.set_xlabel(what)
+    axis.set_ylabel("nats per token\n(lower is better)", fontsize=9)
+    return chart
+
+
 def lengths(counts: Sequence[int], limit: int) -> Any:
     """Histogram of row lengths in tokens with the limit; `counts` is one token count per row."""
     over = sum(n > limit for n in counts)

@@ -95,14 +95,15 @@ def has_prose(path: Path) -> list[str]:
 
 
 def has_parameters(path: Path) -> list[str]:
-    """Exactly one cell tagged `parameters`; it assigns profile, model and out, and nothing else."""
+    """Exactly one cell tagged `parameters`; it assigns profile, model and out, and else only switches that are off."""
     tagged = [cell for cell in cells(path, "code") if "parameters" in tags(cell)]
     if len(tagged) != 1:
         return [f"{len(tagged)} cells are tagged 'parameters', exactly one is needed"]
     names: list[str] = []
     for statement in ast.parse(python_of(tagged[0])).body:
         if isinstance(statement, ast.Assign):
-            names += [t.id for t in statement.targets if isinstance(t, ast.Name)]
+            off = isinstance(statement.value, ast.Constant) and statement.value.value is False
+            names += [t.id for t in statement.targets if isinstance(t, ast.Name) and not off]
         elif not isinstance(statement, ast.Import | ast.ImportFrom):
             names.append(type(statement).__name__)
     good = sorted(names) == sorted(PARAMETERS)

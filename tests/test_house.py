@@ -373,7 +373,7 @@ def good_notebook() -> dict[str, Any]:
     head = "# A\n**Goals** x\n\n**You need** [this](nearby.txt)\n\n## Time\n5 min\n\n**You will have** y"
     cells = [
         markdown(head),
-        code("profile = 'quick'\nmodel = None\nout = None", "parameters"),
+        code("profile = 'quick'\nmodel = None\nout = None\nextra = False", "parameters"),
         markdown("## One\ntext"),
         code("rows = [n for n in range(3)]\n# NBVAL_CHECK_OUTPUT\nprint(len(rows))", outputs=printed("3\n")),
         code("def twice(x):\n    return helper(x) * 2\n\n\ndef helper(x):\n    return x\n# NBVAL_CHECK_OUTPUT"),
@@ -422,6 +422,7 @@ BAD_NOTEBOOKS = [
     (gate.has_prose, put(5, code("x = 3"))),
     (gate.has_parameters, put(1, code("profile = 'quick'\nmodel = None\nout = None"))),
     (gate.has_parameters, put(1, code("profile = 'quick'\nmodel = None\nout = None\nseed = 1", "parameters"))),
+    (gate.has_parameters, put(1, code("profile = 'quick'\nmodel = None\nout = None\nextra = True", "parameters"))),
     (gate.has_parameters, put(4, code("profile = 'quick'\nmodel = None\nout = None", "parameters"))),
     (gate.has_checked_cells, put(4, code("x = 1"))),
     (gate.has_head, put(0, markdown("# A\n**Goals** You need Time"))),

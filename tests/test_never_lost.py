@@ -277,8 +277,8 @@ with writing(Path({str(place)!r}) / "thing") as part:
 
 # ------------------------------------------------------------------------------------------------- kill -9
 
-LONG = Recipe(name="long", rank=8, alpha=16, layers=None, learning_rate=0.02, accumulate=1, validate_per_epoch=8,
-              max_length=96)  # fmt: skip
+LONG = Recipe(name="long", rank=8, alpha=16, layers=None, learning_rate=0.02, tuned_width=None, accumulate=1,
+              validate_per_epoch=8, max_length=96)  # fmt: skip
 TRAINS = """
 import sys, time
 sys.path[:0] = {path!r}

@@ -162,6 +162,8 @@ def test_finite_turns_unknown_into_none() -> None:
 def test_figure_titles_state_the_finding() -> None:
     history = {"train_loss": [[5, 1.4]], "valid_loss": [[0, 3.0], [5, 1.2], [9, 1.5]]}
     assert "from 3.00 to 1.20" in plots.loss_curve(history).alt and "step 5" in plots.loss_curve(history).alt
+    alt = plots.trend({50: 2.0, 100: 1.5, 200: 1.75}, "rows").alt
+    assert "1.50, with rows 100" in alt and "200: 1.75" in alt
     assert (
         "All 3 rows fit" in plots.lengths([10, 20, 90], 100).alt
         and "1 of 3 rows" in plots.lengths([10, 20, 190], 100).alt

@@ -235,6 +235,25 @@ def test_a_run_killed_in_training_goes_on_and_ends_the_same(spine: SimpleNamespa
 
 
 @pytest.mark.slow
+def test_the_sweeps_of_notebook_04_run_when_asked(spine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import papermill
+
+    root = Path(__file__).resolve().parents[1]
+    for variable, value in (environment(spine.place) | {"PYTHONPATH": str(root)}).items():
+        monkeypatch.setenv(variable, value)
+    folder, name = spine.place / "runs" / "swept", "04_train_with_peft"
+    shutil.copytree(spine.folder, folder)
+    notebook, copy = root / "notebooks" / f"{name}.ipynb", folder / "notebooks" / f"{name}.ipynb"
+    parameters, quiet = {"profile": "smoke", "out": str(folder), "sweep": True}, {"progress_bar": False}
+    papermill.execute_notebook(notebook, copy, parameters, cwd=notebook.parent, kernel_name="python3", **quiet)
+    rows = spine.record["stages"]["train"]["result"]["rows"]
+    added = {f"trial-course-{n}" for n in {min(n, rows) for n in (50, 100, 200, 400)}}
+    added |= {f"trial-rate-{rate}-100" for rate in ("0.0001", "0.0004", "0.0016")}
+    assert set(record(folder)["stages"]) == set(spine.record["stages"]) | added
+    assert shown(folder)[name]["image/png"] == spine.shown[name]["image/png"] + 2
+
+
+@pytest.mark.slow
 def test_a_seed_of_its_own_would_show(spine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin of the test above: the loss that a resumed run must reach is not reached with another seed."""
     from dataclasses import replace

@@ -24,7 +24,8 @@ from stakelib.training import RECIPES, Recipe, adapter_folder, adapter_parameter
 from stakelib.training.rows import checked_rows
 
 # A high rate, so that a few steps on random weights show; 8 steps, a checkpoint every 2
-FAST = Recipe(name="fast", rank=4, alpha=8, learning_rate=0.02, accumulate=2, validate_per_epoch=4, max_length=96)
+FAST = Recipe(name="fast", rank=4, alpha=8, learning_rate=0.02, tuned_width=None, accumulate=2, validate_per_epoch=4,
+              max_length=96)  # fmt: skip
 VOICES = ("grid operator", "bank", "ministry", "village", "factory", "university", "charity", "agency")
 
 
@@ -319,6 +320,28 @@ def test_trials_leave_the_real_adapter_alone(whole: SimpleNamespace, tiny: BaseM
     run = run_with_rows(home / "run", 4)
     train(run, FAST, rows=2)
     assert not adapter_folder(run).exists()
+
+
+def test_a_larger_trial_holds_the_rows_of_a_smaller_one(
+    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stakelib.training import peft_backend
+
+    asked: list[list[str]] = []
+
+    def train_peft(*arguments: Any) -> Any:
+        asked.append([row.where for row in arguments[3]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peft_backend, "train_peft", train_peft)
+    run = run_with_rows(home / "run", 40)
+    for recipe, rows in ((FAST, 8), (FAST, 16), (replace(FAST, seed=1), 8), (FAST, None)):
+        with pytest.raises(KeyboardInterrupt):
+            train(run, recipe, rows=rows)
+    few, more, others, every = asked
+    assert [len(a) for a in asked] == [8, 16, 8, 40]
+    assert few == more[:8] != others
+    assert few != every[:8] and set(few) <= set(every)  # the file is sorted by voice: its first rows would be one
 
 
 def test_the_seed_decides(whole: SimpleNamespace, tiny: BaseModel, home: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     """Train an adapter on the run's training rows and save it with a model card; skipped if nothing changed.
 
     Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Started by
-    `accelerate launch`, the processes share the rows of each step, and the first one alone writes. With `rows`, a trial
-    on that many rows for one epoch, whose adapter goes to training/trials/. Returns the losses (nats per learned
-    token), tokens and speed. Raises CourseError for bad rows, a run that cannot fit into memory, or a broken loss.
+    `accelerate launch`, the processes share the rows of each step, and the first one alone writes.
+    With `rows`, a trial of one epoch on that many rows, drawn by the seed so that a larger trial holds the rows of a
+    smaller one; its adapter goes to training/trials/. Returns the losses (nats per learned token), tokens and speed.
+    Raises CourseError for bad rows, a run that cannot fit into memory, or a broken loss.
     """
     if backend not in ("auto", "peft"):
         raise CourseError(f"back-end '{backend}' is unknown", "use backend='peft'")
@@ -53,7 +55,8 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
 
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = checked_rows(tokenizer, files, recipe.max_length)
-        train_rows = train_rows[:rows]
+        if rows:  # the file is sorted by stakeholder: its first rows are one voice
+            train_rows = random.Random(recipe.seed).sample(train_rows, len(train_rows))[:rows]
         here = machine.describe(run.folder)
         run.remember(machine=here)
         settled, why = agreed(settle(run.profile.model, recipe, train_rows + valid_rows, here["ram_free_gb"]))

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 from stakelib import plots
 from stakelib.models import Rendered, load_weights
 from stakelib.run import CourseError, Progress, atomic_write_json, discard, is_main, sha256, writing
-from stakelib.training.recipe import Recipe, layer_numbers
+from stakelib.training.recipe import Recipe, layer_numbers, rate_for
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
 RISE = 2.0  # nats per token above the start: the right token is e^2 = 7 times less likely than before any training
@@ -105,7 +106,7 @@ class RowTrainer(Trainer):
 class Watch(TrainerCallback):
     """Progress lines and a live picture, a checkpoint every few minutes, and a stop when nothing good comes any more.
 
-    `names`: what to call each row, in the order of training; `per_step`: rows per optimiser step.
+    `total`: optimiser steps; `names`: what to call each row, in the order of training.
     """
 
     def __init__(self, total: int, names: list[str], recipe: Recipe, save_every_s: float = 180.0) -> None:
@@ -125,7 +126,7 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001, ANN003, ANN201
         logs, step, losses = logs or {}, state.global_step, [h["loss"] for h in state.log_history if "loss" in h]
         self.loss = logs.get("loss", self.loss)
-        # Twice in a row, so that one odd row is no reason.
+        # Two means of five steps in a row, so that one odd row is no reason; a healthy run never gets near it.
         if "loss" in logs and len(losses) > 2 and min(losses[-2:]) > losses[0] + RISE:
             rows = self.names[(step - args.logging_steps) * self.recipe.accumulate : step * self.recipe.accumulate]
             raise diverged(args, state, f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f} at step {step}", rows)
@@ -232,11 +233,11 @@ def train_peft(
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     every = max(1, steps // (epochs * recipe.validate_per_epoch))
-    args = _arguments(recipe, checkpoints, steps, every)
+    nothing = [Rendered(train[0].ids[:1], [0])] * (-len(order) % processes().num_processes)  # so that all have a share
     trainer = RowTrainer(
         model=model,
-        args=args,
-        train_dataset=[train[i] for i in order] + [Rendered(train[0].ids[:1], [0])] * (-len(order) % args.world_size),
+        args=_arguments(replace(recipe, learning_rate=rate_for(model.config, recipe)), checkpoints, steps, every),
+        train_dataset=[train[i] for i in order] + nothing,
         eval_dataset=valid,
         data_collator=partial(collate, multiple=64 if model.dtype == torch.bfloat16 else 1),
         callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)],

@@ -19,7 +19,8 @@ class Recipe:
     dropout: float = 0.0  # one to three epochs do not need it
     targets: tuple[str, ...] = ALL_LINEAR  # attention alone learns less, even at equal size
     layers: float | None = 0.5  # the last layers that learn: a number, or below 1 a share; None = all
-    learning_rate: float = 4e-4  # LoRA bears 10x and more of the full fine-tuning rate
+    learning_rate: float = 2e-3  # LoRA bears 10x and more of the full fine-tuning rate; of a model `tuned_width` wide
+    tuned_width: int | None = 576  # SmolLM2, where the rate was measured; see `rate_for`. None: the rate as it stands
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps in which the rate climbs: early steps are noisy
     accumulate: int = 1  # rows per optimizer step: after 178 rows, one each stood at a loss of 1.29, two at 1.47
@@ -55,6 +56,7 @@ RECIPES = {
             dropout=0.05,
             targets=ATTENTION,
             layers=None,
+            tuned_width=None,
             learning_rate=2e-5,  # a rate for full fine-tuning
             schedule="linear",  # what transformers' Trainer does where nothing is said
             warmup=0.0,
@@ -66,6 +68,7 @@ RECIPES = {
             alpha=160,  # mlx-lm's scale of 20, times the rank
             targets=("q_proj", "v_proj"),
             layers=16,  # --lora-layers 16
+            tuned_width=None,
             learning_rate=1e-5,
             schedule="constant",
             warmup=0.0,
@@ -73,6 +76,14 @@ RECIPES = {
         ),
     )
 }
+
+
+def rate_for(config: Any, recipe: Recipe) -> float:
+    """The learning rate for a model with this transformers config: a wider one bears less.
+
+    In proportion to width^-0.781, fitted on Llama models by Thinking Machines (tinker-cookbook, transfer_lr).
+    """
+    return recipe.learning_rate * ((recipe.tuned_width or config.hidden_size) / config.hidden_size) ** 0.781
 
 
 def layer_numbers(config: Any, recipe: Recipe) -> list[int]:
