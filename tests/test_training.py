@@ -21,6 +21,7 @@ from stakelib import machine
 from stakelib.models import BaseModel, Rendered, load_tokenizer, load_weights, nll, render
 from stakelib.run import CourseError, Run, sha256
 from stakelib.training import RECIPES, Recipe, adapter_folder, adapter_parameters, load_rows, render_rows, train
+from stakelib.training.recipe import rate_for
 from stakelib.training.rows import checked_rows
 
 # A high rate, so that a few steps on random weights show; 8 steps, a checkpoint every 2
@@ -96,6 +97,15 @@ def test_the_parameter_formula_counts_what_peft_makes(recipe: Recipe, shape: str
     last = {"course": every // 2, "guide-pc": every, "guide-mlx": min(16, every)}[recipe.name]
     assert learning == set(range(every)[-last:])
     assert adapter_parameters(config, replace(recipe, layers=0.01)) <= counted / last
+
+
+def test_a_wider_model_bears_a_lower_rate() -> None:
+    from transformers import LlamaConfig
+
+    course, guide = RECIPES["course"], RECIPES["guide-pc"]
+    assert rate_for(LlamaConfig(hidden_size=576), course) == course.learning_rate
+    assert rate_for(LlamaConfig(hidden_size=2048), course) == pytest.approx(0.371 * course.learning_rate, rel=0.01)
+    assert rate_for(LlamaConfig(hidden_size=2048), guide) == guide.learning_rate
 
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
