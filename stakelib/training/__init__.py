@@ -47,14 +47,14 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         return run.path("training", f"checkpoints-{_key(settings, files)}")
 
     def work() -> dict[str, Any]:
-        from stakelib.training.peft_backend import agreed, train_peft
+        from stakelib.training.peft_backend import settled_precision, train_peft
 
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = checked_rows(tokenizer, files, recipe.max_length)
         if rows:  # the file is sorted by stakeholder: its first rows are one voice
             train_rows = random.Random(recipe.seed).sample(train_rows, len(train_rows))[:rows]
         run.remember(machine=machine.describe(run.folder))
-        precision, why = agreed(machine.precision())
+        precision, why = settled_precision(checkpoints())
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         model, result = train_peft(base.folder, recipe, epochs, train_rows, valid_rows, checkpoints(), precision)
         result |= {"precision": precision, "precision_why": why, "rows": len(train_rows), "valid_rows": len(valid_rows)}

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
-from stakelib import plots
+from stakelib import machine, plots
 from stakelib.models import Rendered, load_weights
 from stakelib.run import CourseError, Progress, atomic_write_json, discard, is_main, sha256, writing
 from stakelib.training.recipe import Recipe, layer_numbers
@@ -210,9 +210,18 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def agreed(value: Any) -> Any:
-    """What the first process found, in all of them: two measurements could differ."""
-    return broadcast_object_list([value])[0] if processes().num_processes > 1 else value
+def settled_precision(checkpoints: Path) -> list[str]:
+    """[precision, why]: as these checkpoints were begun on this computer, and as the first of several processes has it.
+
+    Measured again while the computer is busy, it could come out otherwise.
+    """
+    file, here, kept = checkpoints / "precision.json", machine.describe()["processor"], [None]
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    chosen = kept[1:] if kept[0] == here else list(machine.precision())
+    if is_main():
+        atomic_write_json(file, [here, *chosen])
+    return broadcast_object_list([chosen])[0] if processes().num_processes > 1 else chosen
 
 
 def train_peft(
