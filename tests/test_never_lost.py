@@ -20,12 +20,19 @@ import pytest
 import torch
 from test_training import FAST, furthest, run_with_rows, tensors
 
+from stakelib import machine
 from stakelib.models import BaseModel
 from stakelib.run import CourseError, Progress, Run, sha256, writing
 from stakelib.training import RECIPES, Recipe, adapter_folder, train
 from stakelib.training.peft_backend import RISE, RowTrainer, Watch, by_step, last_checkpoint, no_better
 
+PRECISION = ("float32", "the same for every process of these tests, however busy the machine is")
 ONE_BY_ONE = replace(FAST, name="one by one", accumulate=1)  # 16 rows: 16 steps, a validation every 4
+
+
+@pytest.fixture(autouse=True)
+def one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "precision", lambda: PRECISION)
 
 
 def checkpoints(run: Run) -> Path:
@@ -282,9 +289,12 @@ LONG = Recipe(name="long", rank=8, alpha=16, layers=None, learning_rate=0.02, tu
 TRAINS = """
 import sys, time
 sys.path[:0] = {path!r}
-from test_never_lost import LONG
+from test_never_lost import LONG, PRECISION
+from stakelib import machine
 from stakelib.run import Run
 from stakelib.training import peft_backend, train
+
+machine.precision = lambda: PRECISION
 
 class Watch(peft_backend.Watch):
     def __init__(self, *arguments):
@@ -376,7 +386,11 @@ def test_killed_at_ten_random_moments_it_always_ends_the_same(
 
 HELPER = """
 import os, runpy, sys
-sys.path[:0] = [{root!r}]
+sys.path[:0] = {path!r}
+from test_never_lost import PRECISION
+from stakelib import machine
+
+machine.precision = lambda: PRECISION
 sys.argv[1:] = ["--out", {folders!r}[int(os.environ["RANK"])], "--profile", "smoke", *{arguments!r}]
 runpy.run_module("stakelib.training", run_name="__main__")
 """
@@ -385,8 +399,8 @@ runpy.run_module("stakelib.training", run_name="__main__")
 def launch(place: Path, folders: list[Run], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes, each with a run folder of its own, so that the test sees who writes."""
     script = place / "script.py"
-    root, names = str(Path(__file__).resolve().parents[1]), [str(r.folder) for r in folders]
-    script.write_text(HELPER.format(root=root, folders=names, arguments=arguments), encoding="utf-8")
+    path, names = [str(p) for p in Path(__file__).resolve().parents[:2]], [str(r.folder) for r in folders]
+    script.write_text(HELPER.format(path=path, folders=names, arguments=arguments), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(place / "hf")}

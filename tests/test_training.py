@@ -377,8 +377,11 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from test_training import FAST
+from stakelib import machine
 from stakelib.run import Run
 from stakelib.training import peft_backend, train
+
+machine.precision = lambda: {precision!r}
 
 class Watch(peft_backend.Watch):
     def on_step_end(self, args, state, control, **more):
@@ -393,19 +396,24 @@ train(Run.open(Path({run!r}), "smoke"), FAST)
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_a_killed_training_goes_on_and_ends_the_same(
-    whole: SimpleNamespace, tiny: BaseModel, home: Path, repository: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    whole: SimpleNamespace, tiny: BaseModel, home: Path, repository: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     run = run_with_rows(home / "run")
-    code = KILLED.format(path=[str(repository), str(repository / "tests")], step=7, run=str(run.folder))
+    path = [str(repository), str(repository / "tests")]
+    code = KILLED.format(path=path, step=7, run=str(run.folder), precision=machine.precision())
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: another number of threads adds up in another order
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=env)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not adapter_folder(run).exists()
     (kept,) = (run.folder / "training").glob("checkpoints-*")
-    assert sorted(c.name for c in kept.iterdir()) == ["checkpoint-4", "checkpoint-6"]  # and 6 is the best
+    assert sorted(c.name for c in kept.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]  # and 6 is the best
     with (kept / "checkpoint-6" / "optimizer.pt").open("r+b") as stream:
         stream.truncate(100)  # as a power cut may leave it
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[whole.result["precision"]]
+    monkeypatch.setattr(machine, "precision", lambda: (other, "a busy machine measures something else"))
     result = train(Run.open(run.folder, "smoke"), FAST)
+    assert result["precision"] == whole.result["precision"]  # it goes on as it began
     assert "going on from checkpoint-4 of 8" in capsys.readouterr().out
     assert result["resumed_at"] == 4
     assert furthest(tensors(run), whole.tensors) < 1e-4

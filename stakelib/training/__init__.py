@@ -51,7 +51,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         return run.path("training", f"checkpoints-{_key(settings, files)}")
 
     def work() -> dict[str, Any]:
-        from stakelib.training.peft_backend import agreed, train_peft
+        from stakelib.training.peft_backend import as_begun, train_peft
 
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = checked_rows(tokenizer, files, recipe.max_length)
@@ -59,10 +59,16 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
             train_rows = random.Random(recipe.seed).sample(train_rows, len(train_rows))[:rows]
         here = machine.describe(run.folder)
         run.remember(machine=here)
-        settled, why = agreed(settle(run.profile.model, recipe, train_rows + valid_rows, here["ram_free_gb"]))
-        print(f"training: {len(train_rows)} rows, {settled.precision} weights: {why}", flush=True)
+
+        def decide() -> list[str]:
+            way, why = settle(run.profile.model, recipe, train_rows + valid_rows, here["ram_free_gb"])
+            return [way.precision, way.checkpointing, why]
+
+        precision, checkpointing, why = as_begun(checkpoints(), decide)
+        print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
+        settled = replace(recipe, precision=precision, checkpointing=checkpointing)
         model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints())
-        result |= {"precision": settled.precision, "precision_why": why, "checkpointing": settled.checkpointing}
+        result |= {"precision": precision, "precision_why": why, "checkpointing": checkpointing}
         result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
         if is_main():
             with writing(folder) as part:

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
-from stakelib import plots
+from stakelib import machine, plots
 from stakelib.models import Rendered, load_weights
 from stakelib.run import CourseError, Progress, atomic_write_json, discard, is_main, sha256, writing
 from stakelib.training.recipe import Recipe, layer_numbers, rate_for
@@ -212,9 +213,18 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def agreed(value: Any) -> Any:
-    """What the first process found, in all of them: two measurements could differ."""
-    return broadcast_object_list([value])[0] if processes().num_processes > 1 else value
+def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
+    """What `decide` says, or said on this computer when these checkpoints were begun; the same in all processes.
+
+    Measured again while the computer is busy, it could come out otherwise.
+    """
+    file, here, kept = checkpoints / "begun.json", machine.describe()["processor"], [None]
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    chosen = kept[1:] if kept[0] == here else decide()
+    if is_main():
+        atomic_write_json(file, [here, *chosen])
+    return broadcast_object_list([chosen])[0] if processes().num_processes > 1 else chosen
 
 
 def train_peft(
