@@ -35,6 +35,15 @@ def is_apple_silicon() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
+def metal() -> tuple[bool, str]:
+    """(can MLX use this machine's graphics cores, why)."""
+    if not is_apple_silicon():
+        return False, f"this is {platform.system()} on {platform.machine()}, no Mac with Apple silicon"
+    from mlx.core import metal as graphics
+
+    return graphics.is_available(), "MLX was asked"
+
+
 def require(*, ram_gb: float, disk_gb: float, folder: Path) -> None:
     """Refuse early: raise CourseError if free memory or disk (GB) is below what the work ahead needs."""
     here = describe(folder)

@@ -206,6 +206,25 @@ def per_stakeholder(table: pd.DataFrame) -> Any:
     return chart
 
 
+def fits(table: pd.DataFrame, free_gb: float) -> Any:
+    """Memory that each model and precision of a plan's table needs, against what is free; hours where it fits."""
+    names = [f"{x.model} · {x.precision}" for x in table.itertuples()]
+    title = f"{int(table.fits.sum())} of {len(table)} ways fit into {free_gb:.0f} GB of free memory"
+    chart, axes = _chart(title, "Bars of GB needed: " + "; ".join(map("{} {:.1f}".format, names, table.GB)) + ".",
+                         size=(7, 1 + 0.24 * len(table)))  # fmt: skip
+    axis = axes[0, 0]
+    axis.barh(range(len(table)), table.GB, color=[TUNED if ok else GREY for ok in table.fits])
+    for y, (gb, time_h) in enumerate(zip(table.GB, table.hours, strict=True)):
+        told = f" {gb:.1f} GB" + (f", {time_h:.1f} h" if time_h == time_h else "")  # no hours: NaN
+        axis.annotate(told, (min(gb, 2 * free_gb), y), va="center", fontsize=8, color=INK)
+    axis.axvline(free_gb, color=WARN, lw=2, ls="--")
+    axis.set_yticks(range(len(table)), names)
+    axis.set_xlim(0, 2.4 * free_gb)
+    axis.invert_yaxis()
+    axis.set_xlabel("GB needed for the longest row (dashed: free here)")
+    return chart
+
+
 def sizes(files: Mapping[str, int]) -> Any:
     """Horizontal bars of file sizes in MB (10^6 bytes), largest first; `files` maps name to bytes."""
     ordered = sorted(files.items(), key=lambda f: -f[1])

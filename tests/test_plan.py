@@ -15,7 +15,7 @@ from stakelib import machine
 from stakelib.models import MODELS, BaseModel, Rendered, config_of, load_weights
 from stakelib.run import CourseError
 from stakelib.training import RECIPES, Recipe, adapter_folder, memory, plan, train
-from stakelib.training.plan import FULL, kept_bytes, need_gb, padded, settle
+from stakelib.training.plan import FULL, kept_bytes, need_gb, settle
 
 ROWS = [Rendered(list(range(110, 110 + n)), [0] * (n - 20) + [1] * 20) for n in (40, 60, 90)]
 COURSE = replace(RECIPES["course"], precision="float32", checkpointing="off")
@@ -114,15 +114,18 @@ def test_memory_grows_with_what_it_should_and_shrinks_with_what_it_should() -> N
     assert base["weights"] > 2 * peaks["int8"]["weights"] > 2 * peaks["nf4"]["weights"]
     assert base["activations"] > 10 * peaks["int8"]["activations"]
     assert memory(config, COURSE, 1408, 352)["activations"] == pytest.approx(2 * base["activations"])
-    assert memory(config, replace(COURSE, precision=FULL), 704, 352)["adapter"] > 25  # GB: gradient and two moments
-    assert [padded(n) for n in (1, 64, 65)] == [64, 64, 128]
+    assert memory(config, replace(COURSE, precision=FULL), 704, 352)["learning"] > 25  # GB: gradient and two moments
+    half, whole = (memory(config, replace(COURSE, precision="bfloat16", layers=n), 650, 352) for n in (0.5, None))
+    assert whole["activations"] == pytest.approx(2 * half["activations"])
+    assert whole == memory(config, replace(COURSE, precision="bfloat16", layers=None), 704, 352)  # padded to 64
 
 
 # ------------------------------------------------------------------------------------------------- what train does
 
 
-def test_checkpointing_runs_each_layer_twice_and_learns_the_same(
-    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_checkpointing_runs_the_learning_layers_twice_and_learns_the_same(
+    precision: str, tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.gemma.modeling_gemma import GemmaMLP
 
@@ -131,11 +134,11 @@ def test_checkpointing_runs_each_layer_twice_and_learns_the_same(
     results, counts = {}, {}
     for way in ("off", "on"):
         calls.clear()
-        results[way] = train(run_with_rows(home / way), replace(FAST, precision="float32", checkpointing=way))
+        results[way] = train(run_with_rows(home / way), replace(FAST, precision=precision, checkpointing=way))
         counts[way] = len(calls)
     losses = {way: [loss for _, loss in r["valid_loss"]] for way, r in results.items()}
     assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
-    assert counts["on"] == counts["off"] + 2 * 16  # two layers once more for each of 16 rows
+    assert counts["on"] == counts["off"] + 16  # for each row the upper of two layers once more; the lower one is frozen
     assert (results["on"]["checkpointing"], results["off"]["checkpointing"]) == ("on", "off")
 
 
@@ -256,5 +259,5 @@ def test_probes_leave_the_random_numbers_of_a_training_alone(tiny: BaseModel) ->
     wanted = torch.rand(4)
     torch.manual_seed(3)
     machine.matmul_gflops("float32", 64, 0.01)
-    _probe("tiny-gemma", "float32", "on", 2, ("q_proj",), 64, 8)
+    _probe("tiny-gemma", replace(COURSE, rank=2, checkpointing="on"), 64, 8)
     assert torch.equal(torch.rand(4), wanted)

@@ -240,6 +240,9 @@ def train_peft(
     model = load_weights(base, dtype=recipe.precision)
     model.config.use_cache = False
     model = get_peft_model(model, lora_config(recipe, model.config))
+    if recipe.checkpointing == "on":
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # or the way back would go through the layers below those that learn
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     every = max(1, steps // (epochs * recipe.validate_per_epoch))
@@ -297,7 +300,6 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         logging_steps=max(1, min(5, every)), logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
         eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every,
         metric_for_best_model="eval_loss", greater_is_better=False,
-        activation_checkpointing=recipe.checkpointing == "on", activation_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
         ddp_find_unused_parameters=False,
     )  # fmt: skip
