@@ -248,7 +248,7 @@ def test_the_sweeps_of_notebook_04_run_when_asked(spine: SimpleNamespace, monkey
     papermill.execute_notebook(notebook, copy, parameters, cwd=notebook.parent, kernel_name="python3", **quiet)
     rows = spine.record["stages"]["train"]["result"]["rows"]
     added = {f"trial-course-{n}" for n in {min(n, rows) for n in (50, 100, 200, 400)}}
-    added |= {f"trial-rate-{rate}-100" for rate in ("0.0001", "0.0004", "0.0016")}
+    added |= {f"trial-rate-{rate}-100" for rate in ("0.0005", "0.002", "0.008")}
     assert set(record(folder)["stages"]) == set(spine.record["stages"]) | added
     assert shown(folder)[name]["image/png"] == spine.shown[name]["image/png"] + 2
 
