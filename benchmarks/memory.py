@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py gemma-2b:nf4:704:352:on smollm2-135m:auto:704:352:off --cap-gb 6 --isa avx2
 
-A case is model:precision:tokens:learned:checkpointing. Models that are not in .cache get random weights of their shape.
+A case is model:precision:tokens:learned:checkpointing; precision "full" learns every weight. Models that are not in
+.cache get random weights of their shape, kept in runs/random (5 GB for the largest).
 Anonymous memory is what the system cannot drop; mapped weight files are counted apart. The cap is a memory cgroup
 (root on Linux), which counts mapped pages too. Prints a table and writes benchmarks/records/memory.json.
 """
@@ -76,6 +77,25 @@ class Watch:
         self.thread.join()
 
 
+def full_steps(folder: Path, rows: list[Any]) -> list[float]:
+    """Seconds of each step in which every weight learns (float32, AdamW): the guide's second option."""
+    import torch
+
+    from stakelib.models import load_weights
+    from stakelib.training.peft_backend import collate, row_loss
+
+    model, seconds = load_weights(folder, dtype="float32").train(), []
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-5, fused=True)
+    for row in rows:
+        start = time.perf_counter()
+        total, count = row_loss(model, collate([row], 1))
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train `steps` rows with the course's own back-end and validate once, in this process; the first is not timed."""
     from benchmarks.shapes import random_model, random_rows
@@ -96,12 +116,15 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
 
     peft_backend.Watch, name = Clock, case["model"]
     known = name in MODELS and (cache_folder() / "models" / name / "source.json").exists()
-    folder = base_model(name).folder if known else random_model(name, cache_folder() / "random" / name)
+    folder = base_model(name).folder if known else random_model(name, ROOT / "runs" / "random" / name)
     precision = machine.precision()[0] if case["precision"] == "auto" else case["precision"]
     recipe = Recipe(precision=precision, checkpointing=case["checkpointing"], validate_per_epoch=1)
     rows = random_rows(case["tokens"], case["learned"], config_of(name).vocab_size, steps)
     with Watch() as watch, tempfile.TemporaryDirectory() as checkpoints:
-        peft_backend.train_peft(folder, recipe, 1, rows, rows[:1], Path(checkpoints))
+        if precision == "full":
+            Clock.seconds = full_steps(folder, rows)
+        else:
+            peft_backend.train_peft(folder, recipe, 1, rows, rows[:1], Path(checkpoints))
     return {
         **case, "weights": "real" if known else "random", "compute": machine.precision()[0],
         "anonymous_gb": round(watch.anonymous_gb, 2), "mapped_gb": round(watch.mapped_gb, 2),

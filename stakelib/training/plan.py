@@ -19,7 +19,8 @@ from stakelib.training.recipe import Recipe, adapter_parameters, layer_numbers, 
 
 FULL = "full"  # the guide's second option, every weight learned in float32: planned for, never run here
 PACKED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # a number; nf4 has a float32 scale for every 64
-PROGRAM_GB = 0.4  # Python, torch, transformers and peft, before a weight is there (measured)
+# Python, torch, transformers, peft, the matrix library's own room, by bytes a number (measured)
+PROGRAM_GB = {2: 0.45, 4: 0.55}
 NIGHT_H = 10.0
 Rows = Sequence[Rendered]
 
@@ -31,8 +32,10 @@ def memory(config: Any, recipe: Recipe, tokens: int, learned: int) -> dict[str, 
     peak, but read again and again, so it must fit too). learning: weight, gradient and AdamW's two moments of the
     adapter in float32, 16 bytes a number (Rajbhandari et al. 2020, arXiv 1910.02054, 3.1), 2 for a bf16 copy.
     activations: what the way back needs, see `kept_bytes`; with checkpointing only the input of each layer, and one
-    layer in full at a time (Chen et al. 2016, arXiv 1604.06174). passing: the larger of the loss, whose logits, their
-    logarithm and its gradient are vocabulary x learned tokens x 4 bytes each, and the gradients inside one layer.
+    layer in full at a time (Chen et al. 2016, arXiv 1604.06174); int8 keeps the inputs of its matrices all the same
+    (bitsandbytes 0.50, MatMul8bitFp). passing: the loss, whose logits, their logarithm and its gradient are vocabulary
+    x learned tokens x 4 bytes each, and the gradients inside one layer; the allocator rarely gives room of one to the
+    other, so they add up (measured).
     """
     fixed = {FULL: "float32", "auto": None} | dict.fromkeys(PACKED_BYTES)
     kind = fixed.get(recipe.precision, recipe.precision) or computer.precision()[0]
@@ -46,13 +49,15 @@ def memory(config: Any, recipe: Recipe, tokens: int, learned: int) -> dict[str, 
     kept = layer = kept_bytes(config, recipe, places, size)
     inside = 5 * places * size * config.intermediate_size
     if recipe.checkpointing == "on":
-        kept, inside = places * size * config.hidden_size, layer + inside
+        inputs = sum(matrices(config)[name][0] for name in ("q_proj", "o_proj", "gate_proj", "down_proj"))
+        kept = places * size * (config.hidden_size + inputs * (recipe.precision == "int8"))
+        inside += layer
     learn = config.num_hidden_layers if full else len(layer_numbers(config, recipe))  # those below keep nothing
     adapter = (16 + 2 * (size == 2)) * adapter_parameters(config, recipe)
     parts = {
-        "program": PROGRAM_GB * 2**30, "weights": (packed or size) * numbers + size * words - mapped,
+        "program": PROGRAM_GB[size] * 2**30, "weights": (packed or size) * numbers + size * words - mapped,
         "learning": 12 * (words + numbers) if full else adapter, "activations": learn * kept,
-        "passing": max(12 * config.vocab_size * learned, inside), "mapped": mapped,
+        "passing": 12 * config.vocab_size * learned + inside, "mapped": mapped,
     }  # fmt: skip
     return {name: amount / 2**30 for name, amount in parts.items()}
 
