@@ -232,7 +232,7 @@ def test_a_picture_follows_the_loss_in_an_open_notebook_and_nowhere_else(tiny: B
     run_with_rows(home / "run")
     cell = f"""
 import sys; sys.path[:0] = {[str(p) for p in (Path(__file__).parents[1], Path(__file__).parent)]!r}
-from test_training import FAST, furthest, run_with_rows, some_rows, tensors, write_rows
+from test_training import FAST
 from stakelib import plots
 from stakelib.run import Progress, Run
 from stakelib.training import train
