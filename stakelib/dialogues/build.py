@@ -14,7 +14,7 @@ from stakelib.dialogues.formats import completion_text, prompt_text
 from stakelib.dialogues.numbers import mentions
 from stakelib.dialogues.tasks import Reply, enhance_pair, enhance_template, question_text, voice_pair
 from stakelib.run import CourseError
-from stakelib.scenarios import Scenario, country_profile, scenario_id
+from stakelib.scenarios import Scenario, country_profile, derive_metrics, scenario_id
 from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import CONTEXTS, STAKEHOLDERS, VARIANTS, Fact, respond
 
@@ -25,6 +25,7 @@ GUIDE_MIX = {"policy-makers": 60, "grid-operators": 60, "industry": 55, "public"
 
 ALWAYS = ("re_share", "investment")  # metrics of every prompt, where known
 BRIEF = (3, 6)  # and how many of those that the stakeholder would speak about
+THIN = {"": 12, "asked": 2}  # kind -> one in so many rows has a single figure, as the guide's own prompts do
 
 
 class Dialogue(BaseModel):
@@ -66,6 +67,15 @@ def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed
     own = [key for key, (label, *_) in METRICS.items() if label in labels and key not in ALWAYS]
     rng = random.Random(f"brief-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
     return [*ALWAYS, *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
+
+
+def first_share(scenario: Scenario) -> Scenario:
+    """The scenario with its milestone near 2030 alone, of which a thin prompt tells the renewable share.
+
+    A model that has only seen rich prompts fills a poor one with figures of its own.
+    """
+    year = derive_metrics(scenario).slots.get("near")
+    return scenario.model_copy(update={"milestones": [m for m in scenario.milestones if year in (None, m.year)]})
 
 
 def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = None, seed: int = 0, *, asked: int = 0,
@@ -111,7 +121,10 @@ def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make:
         key = f"{scenario_id(scenario)}.{name}.{context}.{variant}" + (f".{kind}" if kind else "")
         turn = seen[key] = seen.get(key, -1) + 1
         at = seed + 1000 * turn + 100 * (kind == "asked")  # a question is not answered like the prompt with a form
-        row = make((scenario, name, context, variant), brief(scenario, name, context, variant, at), at)
+        told, keys = scenario, brief(scenario, name, context, variant, at)
+        if kind in THIN and j % THIN[kind] == THIN[kind] - 1:
+            told, keys = first_share(scenario), ["re_share"]
+        row = make((told, name, context, variant), keys, at)
         rows.append(Dialogue(id=f"{key}.{turn}", stakeholder=STAKEHOLDERS[name].name, stakeholder_id=name,
                              scenario=scenario.metadata.scenarioName, scenario_id=scenario_id(scenario),
                              country=scenario.metadata.country, context=context, variant=variant,

@@ -39,7 +39,7 @@ MEASURES: dict[str, Measure] = {
         "The model ended its turn before the token limit, with some text.", "A one-word answer stops too."),
     "cites_three": Measure(
         "Three or more scenario figures", "yes/no", "% of answers", "higher",
-        "At least three different figures that stand in the prompt.", "Figures may be listed without being discussed."),
+        "At least three different figures that stand in the prompt; all, where it holds fewer.", "Figures may be listed without being discussed."),
     "grounded_share": Measure(
         "Correctness of figures", "share", "% of figures, mean over answers", "higher",
         "Share of an answer's figures found in its prompt with value, unit and, where stated, metric and year; "
@@ -92,6 +92,11 @@ def repeated(text: str) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 1.0
 
 
+def different(figures: Sequence[Any]) -> int:
+    """How many of these mentions differ in value, unit or year."""
+    return len({(m.value, m.unit, m.year) for m in figures})
+
+
 def _named(mention: Any) -> str | None:
     """A source figure as a reader needs it: its text, and its year where it has one."""
     return mention and mention.text + (f" ({mention.year})" if mention.year else "")
@@ -110,7 +115,7 @@ def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
         "has_sections": [name for name, _ in parts] == HEADINGS and all(bodies.values()),
         "items_ok": all(low <= items[name] <= high for name, (low, high) in ITEMS.items()),
         "stopped": bool(answer["stopped"]) and bool(text.strip()),
-        "cites_three": len({(m.value, m.unit, m.year) for m in right}) >= 3,
+        "cites_three": bool(text) and different(right) >= min(3, different(mentions(prompt))),
         "grounded_share": len(right) / len(told) if told else 0.0,
         "copied_prompt": copied(text, prompt),
         "repeated": repeated(text),
