@@ -16,6 +16,7 @@ from stakelib.voices import CONTEXTS, STAKEHOLDERS, VARIANTS, respond
 from stakelib.voices.profiles import margin, parse_profile
 
 SAMPLES = sample(60, seed=5)
+DATA = Path(__file__).parents[1] / "stakelib" / "voices" / "data"
 FIXTURE = Path(__file__).parent / "data" / "two-scenarios.json"
 FINANCE = (Path(__file__).parents[1] / "stakelib" / "voices" / "data" / "finance.yaml").read_text(encoding="utf-8")
 
@@ -215,3 +216,24 @@ def test_scenario_text_is_data_not_template() -> None:
     text = " ".join(respond(scenario, n, seed=k).initialReaction for n in STAKEHOLDERS for k in range(4))
     assert hostile in text and "49" not in text
     assert hostile in prompt_text(scenario, "public", "emerging", "pragmatic")
+
+
+BACKWARDS = re.compile(
+    r"\{\w+\.(?:near|far|base|end)(?:\.by|\.at)?\} (?:of (?!capacity)|(?:renewables?|jobs|permanent|clean)\b)"
+)
+
+
+def phrases(text: str) -> list[str]:
+    """What stands in quotation marks in a voice's file."""
+    return re.findall(r'"([^"\n]*)"', text)
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_metric_stands_before_its_figure(path: Path) -> None:
+    """A model that must write the figure first takes any: 39 of the 45 wrong figures of one run were of this form."""
+    assert [p for p in phrases(path.read_text(encoding="utf-8")) if BACKWARDS.search(p)] == []
+
+
+@pytest.mark.parametrize("phrase", ["the {storage.near} of storage in {storage.near.year}", "{jobs.near} jobs are few"])
+def test_a_figure_before_its_metric_is_seen(phrase: str) -> None:
+    assert BACKWARDS.search(phrase) and not BACKWARDS.search("storage of {storage.near.by} is thin")
