@@ -112,7 +112,8 @@ def test_memory_grows_with_what_it_should_and_shrinks_with_what_it_should() -> N
     assert memory(config, replace(COURSE, precision="bfloat16"), 704, 352)["weights"] == 0  # stays in the file
     assert memory(config, replace(COURSE, precision="bfloat16"), 704, 352)["mapped"] == pytest.approx(4.67, rel=0.01)
     assert base["weights"] > 2 * peaks["int8"]["weights"] > 2 * peaks["nf4"]["weights"]
-    assert base["activations"] > 10 * peaks["int8"]["activations"]
+    assert base["activations"] > 10 * peaks["nf4"]["activations"]
+    assert peaks["int8"]["activations"] > 5 * peaks["nf4"]["activations"]  # bitsandbytes keeps what enters its matrices
     assert memory(config, COURSE, 1408, 352)["activations"] == pytest.approx(2 * base["activations"])
     assert memory(config, replace(COURSE, precision=FULL), 704, 352)["learning"] > 25  # GB: gradient and two moments
     half, whole = (memory(config, replace(COURSE, precision="bfloat16", layers=n), 650, 352) for n in (0.5, None))
@@ -196,7 +197,7 @@ def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_loaded(
     here = machine.describe()
     monkeypatch.setattr(machine, "describe", lambda *_: here | {"ram_free_gb": 0.3})
     run = run_with_rows(home / "run")
-    with pytest.raises(CourseError, match=r"tiny-gemma in .*: 0\.4 GB needed, 0\.3 GB free(.|\n)*close other"):
+    with pytest.raises(CourseError, match=r"tiny-gemma in .*: 0\.[45] GB needed, 0\.3 GB free(.|\n)*close other"):
         train(run, FAST)
     assert not adapter_folder(run).exists()
 
