@@ -13,13 +13,13 @@ from typing import Any
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_tokenizer
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
-from stakelib.training.plan import Plan, memory, plan, settle
+from stakelib.training.plan import Plan, memory, plan, settle, what_fits
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = [
     "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "plan", "render_rows",
-    "train",
+    "train", "what_fits",
 ]  # fmt: skip
 
 

@@ -134,7 +134,8 @@ def plan(
     parts = memory(config_of(model), chosen, *_longest(data))
     table = what_fits(recipe, data, free_gb, valid, epochs, models)
     lines = [x for x in table.to_dict("records") if x["hours"] <= NIGHT_H]  # NaN, of what does not fit, is not
-    best = max(lines, key=lambda x: (x["million"], -x["hours"]), default={})
+    plain = computer.precision()[0]  # packed weights are taken only where they make a larger model fit
+    best = max(lines, key=lambda x: (x["million"], x["precision"] == plain, -x["hours"]), default={})
     advice = (
         f"{best['model']} in {best['precision']}: the largest that fits into {free_gb} GB of free memory and is done "
         f"in a night (about {clock(3600 * best['hours'])})" if best else "nothing of this list is done in a night"
