@@ -24,7 +24,8 @@ from stakelib import machine
 from stakelib.models import BaseModel
 from stakelib.run import CourseError, Progress, Run, sha256, writing
 from stakelib.training import RECIPES, Recipe, adapter_folder, train
-from stakelib.training.peft_backend import RISE, RowTrainer, Watch, by_step, last_checkpoint, no_better
+from stakelib.training.keep import RISE, by_step, last_checkpoint, no_better
+from stakelib.training.peft_backend import RowTrainer, Watch
 
 PRECISION = ("float32", "the same for every process of these tests, however busy the machine is")
 ONE_BY_ONE = replace(FAST, name="one by one", accumulate=1)  # 16 rows: 16 steps, a validation every 4
