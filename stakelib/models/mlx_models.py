@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from stakelib.models.adapters import check_adapter
 from stakelib.models.catalog import BaseModel, cache_folder
 from stakelib.models.chat import Rendered, render, stop_ids
 from stakelib.models.engines import Answer, load_tokenizer
-from stakelib.run import CourseError, sha256, writing
+from stakelib.run import CourseError, atomic_write_json, sha256, writing
 
 BITS = {"nf4": 4, "int8": 8}  # the neutral recipe's names; MLX packs in groups of 64 with a scale and an offset
 
@@ -39,7 +40,23 @@ def mlx_folder(base: BaseModel, precision: str) -> Path:
                 [f"mlx_lm could not convert {base.name}", *done.stderr.strip().splitlines()[-2:]],
                 "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model",
             )
+        file = part / "config.json"
+        atomic_write_json(file, _classic(json.loads(file.read_text(encoding="utf-8"))))
     return folder
+
+
+def _classic(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the names mlx-lm 0.32 reads: of those that transformers 5 writes it would silently take its own.
+
+    SmolLM2, unpacked here, has rope_parameters.rope_theta = 100,000; mlx-lm would turn at 10,000.
+    """
+    rope, kinds = config.get("rope_parameters") or {}, config.get("layer_types") or []
+    full, near = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
+    found = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": near.get("rope_theta")}
+    found["rope_scaling"] = full if full.get("rope_type", "default") != "default" else None
+    if "full_attention" in kinds and config["model_type"] == "gemma3_text":
+        found["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    return config | {k: v for k, v in found.items() if v is not None}
 
 
 def load_mlx(folder: Path, adapter: Path | None = None) -> Any:
