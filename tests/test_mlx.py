@@ -1,4 +1,4 @@
-"""Training with MLX means the same as training with PEFT: rows, parameters, logits, losses, and both forms of an adapter.
+"""Training with MLX means the same as with PEFT: rows, parameters, logits, losses, and both forms of an adapter.
 
 On Linux MLX runs on the processor and is slow, so all models here are tiny; the same tests run on a Mac.
 """
@@ -151,7 +151,7 @@ def test_a_packed_base_is_smaller_and_nearly_the_same(precision: str, families: 
     assert 0 < far.mean() < {"int8": 0.05, "nf4": 0.5}[precision] * spread
 
 
-# ------------------------------------------------------------------------------------------------- the same rows and loss
+# ------------------------------------------------------------------------------------------------- the same loss
 
 
 @needs_mlx
@@ -204,12 +204,12 @@ def test_the_learning_rate_is_that_of_transformers_at_every_step(schedule: str) 
 
 
 # 20 steps of two rows, each logged, that learn three sentences by heart
-CURVE = replace(PRECISE, name="curve", rank=8, alpha=16, layers=None, learning_rate=0.05, accumulate=2, warmup=0.1,
+CURVE = replace(PRECISE, name="curve", rank=8, alpha=16, layers=None, learning_rate=0.01, accumulate=2, warmup=0.1,
                 validate_per_epoch=20, patience=99)  # fmt: skip
 
 
 def loss_curve(run: Run, recipe: Recipe, backend: str, start: Path) -> list[float]:
-    """Training loss of each step, from the adapter in folder `start`, which is put where a first checkpoint would lie."""
+    """Training loss of each step, from the adapter in folder `start`, put where a first checkpoint would lie."""
     from stakelib.training import mlx_run, peft_backend
 
     with pytest.MonkeyPatch.context() as patch:

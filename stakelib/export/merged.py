@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from stakelib.models import BaseModel, load_tokenizer, load_weights
+from stakelib.models.adapters import packed_by_mlx, shapes
 from stakelib.run import CourseError, writing
 
 # Copied from the base, byte for byte: tokenizers that are saved again lose files that the converter needs.
@@ -51,9 +52,14 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         for key in ("architectures", "vocab_size")
         if config.get(key) != original.get(key)
     ]
+    tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if not tokenizer:
+        problems.append("no tokenizer: neither tokenizer.json nor tokenizer.model is there")
+    if packed := packed_by_mlx(folder):
+        problems.append(packed)
     if not any(folder.glob("*.safetensors")):
         problems.append("no safetensors file")
-    elif shape := _embedding_rows(folder):
+    elif tokenizer and not packed and (shape := _embedding_rows(folder)):
         words = len(load_tokenizer(folder))
         if not shape == config["vocab_size"] >= words:
             problems.append(
@@ -66,11 +72,4 @@ def check_folder(folder: Path, base: BaseModel) -> None:
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    from safetensors import safe_open
-
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.endswith("embed_tokens.weight"):
-                    return tensors.get_slice(name).get_shape()[0]
-    return None
+    return next((size[0] for name, size in shapes(folder).items() if name.endswith("embed_tokens.weight")), None)

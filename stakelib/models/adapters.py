@@ -112,3 +112,9 @@ def shapes(place: Path) -> dict[str, list[int]]:
         with safe_open(file, framework="np") as tensors:
             found |= {n: tensors.get_slice(n).get_shape() for n in tensors.keys()}  # noqa: SIM118
     return found
+
+
+def packed_by_mlx(folder: Path) -> str:
+    """What to say of a model folder whose weights MLX packed into few bits, which no other program reads; else ""."""
+    packed = [n for n in shapes(folder) if n.endswith((".scales", ".biases"))]
+    return f"{packed[0]}: this folder is packed by MLX, take whole weights (fuse with --dequantize)" if packed else ""

@@ -87,6 +87,10 @@ def base_model(name: str) -> BaseModel:
     """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network."""
     model = find_model(name)
     if model.source == "folder":
+        from stakelib.models.adapters import packed_by_mlx
+
+        if packed := packed_by_mlx(model.folder):
+            raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
         _describe_folder(model)
         return model
     folder = cache_folder() / "models" / model.name
