@@ -40,6 +40,8 @@ def metal() -> tuple[bool, str]:
     """(can MLX use this machine's graphics cores, why)."""
     if not is_apple_silicon():
         return False, f"this is {platform.system()} on {platform.machine()}, no Mac with Apple silicon"
+    if not find_spec("mlx"):
+        return False, "MLX is not installed"
     from mlx.core import metal as graphics
 
     return graphics.is_available(), "MLX was asked"

@@ -26,6 +26,7 @@ __all__ = [
     "parity",
     "quantise",
     "to_gguf",
+    "trained_in_mlx",
 ]
 
 QUANTISATIONS = {"f16": None, "q8": "Q8_0", "q4": "Q4_0"}  # name in the file -> type in the GGUF

@@ -16,13 +16,14 @@ from stakelib.models.adapters import to_mlx
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
 from stakelib.training.keep import as_begun
 from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
+from stakelib.training.mlx_run import mlx_place, train_mlx
 from stakelib.training.plan import Plan, memory, plan, settle
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = [
-    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "mlx_memory", "plan",
-    "render_rows", "train",
+    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "mlx_memory",
+    "mlx_place", "plan", "render_rows", "train",
 ]  # fmt: skip
 
 BACKENDS = ("peft", "mlx")
@@ -82,8 +83,6 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         settled = replace(recipe, precision=precision, checkpointing=checkpointing)
         if backend == "mlx":
-            from stakelib.training.mlx_run import train_mlx
-
             save, result = train_mlx(base, settled, epochs, train_rows, valid_rows, checkpoints())
         else:
             from stakelib.training.peft_backend import train_peft

@@ -15,14 +15,35 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from stakelib import machine
 from stakelib.models import BaseModel, Rendered
 from stakelib.models.adapters import to_peft
 from stakelib.models.mlx_models import mlx_folder
-from stakelib.run import CourseError, Progress, atomic_write_json
+from stakelib.run import CourseError, Progress, Run, atomic_write_json, atomic_write_text
 from stakelib.training.keep import curves, row_order, show_losses
 from stakelib.training.recipe import Recipe, rate_for
+from stakelib.training.rows import load_rows
 
 SLOWER, SWAPPED_GB = 5.0, 0.5  # together they mean that memory went to disk: 200 tokens/s became 1.4 (mlx-examples#210)
+
+
+def mlx_place(run: Run, rows: int = 24) -> Run | None:
+    """Where notebook 03 trains: `run` itself on a Mac; elsewhere a run of the tiny model inside it, on short rows.
+
+    None where MLX cannot be loaded. What was decided, and why, goes into the record.
+    """
+    kind, why = machine.mlx()
+    done = {"metal": "trained with MLX", "cpu": "proved on the smoke model", "none": "skipped"}[kind]
+    run.remember(mlx={"done": done, "why": why})
+    if kind != "cpu":
+        return run if kind == "metal" else None
+    proof = Run.open(run.path("mlx-proof"), "smoke")
+    for part, count in (("train", rows), ("valid", rows // 6)):
+        found = load_rows(run.path("training_data", f"{part}.jsonl"))
+        short = sorted(found, key=lambda r: len(r["prompt"] + r["completion"]))[:count]
+        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in short]
+        atomic_write_text(proof.path("training_data", f"{part}.jsonl"), "".join(lines))
+    return proof
 
 
 class Watchdog:
