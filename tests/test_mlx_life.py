@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,14 +57,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, step: int) -> Any:
     monkeypatch.setattr(mlx_run, "Watchdog", Killer)
 
 
-@pytest.fixture(scope="module", params=["tiny-gemma", "llama"])
+@pytest.fixture(scope="module", params=["gemma", "llama"])
 def life(request: Any, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run trained on 4-bit weights (Gemma) or whole ones (Llama), killed on the way; and its uninterrupted twin."""
     place = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAKE_CACHE", str(tiny_cache))
         tiny = tiny_cache / "models" / "tiny-gemma"
-        model = str(shaped_model(tiny, place / "llama", "llama")) if request.param == "llama" else request.param
+        model = str(shaped_model(tiny, place / request.param, request.param))
         recipe = replace(LIVELY, precision="float32" if request.param == "llama" else "nf4")
         run, twin = open_run(place / "run", model), open_run(place / "twin", model)
         with pytest.MonkeyPatch.context() as kill, pytest.raises(KeyboardInterrupt):
@@ -143,7 +144,7 @@ def test_fuse_refuses_what_would_come_out_wrong(life: SimpleNamespace, tmp_path:
     shutil.copytree(life.base.folder, bare)
     for name in ("tokenizer.json", "tokenizer.model"):
         (bare / name).unlink(missing_ok=True)
-    with pytest.raises(CourseError, match=r"no tokenizer(.|\n)*tokenizer\.json or tokenizer\.model"):
+    with pytest.raises(CourseError, match="bare: no tokenizer: neither tokenizer.json nor tokenizer.model"):
         fuse(replace(life.base, folder=bare), adapter_folder(life.run), tmp_path / "merged")
     packed = tmp_path / "packed"
     shutil.copytree(mlx_folder(life.base, "nf4"), packed)
@@ -179,13 +180,17 @@ def test_the_training_process_dies_with_the_one_that_started_it(tiny: BaseModel,
 
 def _trainers(pid: int) -> list[psutil.Process]:
     found = psutil.Process(pid).children(recursive=True)
-    return [p for p in found if any("mlx_backend" in word for word in p.cmdline())]
+    trainers = []
+    for process in found:
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            trainers += [process] if any("mlx_backend" in word for word in process.cmdline()) else []
+    return trainers
 
 
 def test_a_loss_that_is_no_number_names_its_rows(tiny: BaseModel, home: Path) -> None:
     run = open_run(home / "run", "tiny-gemma", rows=8)
     with pytest.raises(CourseError, match="is not a number at step(.|\n)*lower learning_rate") as problem:
-        train(run, replace(LIVELY, learning_rate=1e30, warmup=0.0), backend="mlx")
+        train(run, replace(LIVELY, learning_rate=1e30, warmup=0.0, validate_per_epoch=1), backend="mlx")
     assert not adapter_folder(run).exists()
     assert all("checkpoint" not in p.name for c in run.folder.glob("training/checkpoints-*") for p in by_step(c))
     assert any(p.startswith("it was learning train.jsonl, line") for p in problem.value.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def shaped_model(tiny: Path, folder: Path, kind: str, seed: int = 0) -> Path:
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "source.json", "config.json"))
     model.save_pretrained(folder)
     shutil.copyfile(tiny / "generation_config.json", folder / "generation_config.json")
+    file = folder / "tokenizer_config.json"  # a Llama's sentencepiece writes a space first unless it is told not to
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"add_prefix_space": False}
+    file.write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 

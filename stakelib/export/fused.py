@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stakelib import machine
-from stakelib.export.merged import TOKENIZER_FILES, check_folder
+from stakelib.export.merged import TOKENIZER_FILES, check_folder, no_tokenizer
 from stakelib.models import BaseModel
 from stakelib.models.adapters import check_adapter
 from stakelib.models.mlx_models import BITS, mlx_folder
@@ -45,6 +45,8 @@ def fuse(base: BaseModel, adapter: Path, folder: Path) -> None:
     import mlx.core as mx
 
     check_adapter(adapter / "mlx", base.folder)
+    if without := no_tokenizer(base.folder):
+        raise CourseError(f"{base.folder.name}: {without}", "copy it from the model's page into this folder")
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     with writing(folder) as part:

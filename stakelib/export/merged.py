@@ -52,14 +52,13 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         for key in ("architectures", "vocab_size")
         if config.get(key) != original.get(key)
     ]
-    tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    if not tokenizer:
-        problems.append("no tokenizer: neither tokenizer.json nor tokenizer.model is there")
+    without = no_tokenizer(folder)
+    problems += [without] if without else []
     if packed := packed_by_mlx(folder):
         problems.append(packed)
     if not any(folder.glob("*.safetensors")):
         problems.append("no safetensors file")
-    elif tokenizer and not packed and (shape := _embedding_rows(folder)):
+    elif not without and not packed and (shape := _embedding_rows(folder)):
         words = len(load_tokenizer(folder))
         if not shape == config["vocab_size"] >= words:
             problems.append(
@@ -69,6 +68,12 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         raise CourseError(
             [f"{folder.name}: {p}" for p in problems], "run notebook 05 again; if it happens twice, report it"
         )
+
+
+def no_tokenizer(folder: Path) -> str:
+    """What to say of a model folder without a tokenizer; else ""."""
+    found = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return "" if found else "no tokenizer: neither tokenizer.json nor tokenizer.model is there"
 
 
 def _embedding_rows(folder: Path) -> int | None:

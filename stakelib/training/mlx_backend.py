@@ -72,7 +72,7 @@ def row_loss(model: Any, ids: mx.array, places: mx.array, wanted: mx.array, weig
 
 
 def training_batches(recipe: Recipe, order: list[int], first: int, multiple: int) -> Callable[..., Iterator[Batch]]:
-    """What mlx-lm's trainer iterates over: rows in `order` from step `first` on, an empty row where the last is short.
+    """What mlx-lm's trainer iterates over: rows in `order` from step `first` on, always whole steps.
 
     Each row sets the random numbers anew, so that a resumed run drops out the same places.
     """
@@ -82,10 +82,9 @@ def training_batches(recipe: Recipe, order: list[int], first: int, multiple: int
         for start in range(first * share, len(order), share):
             rows = [dataset[i] for i in order[start : start + share]]
             tokens = sum(sum(r.mask) for r in rows)
-            empty = [Rendered(rows[0].ids, [0] * len(rows[0].ids))] * (share - len(rows))
-            for i, row in enumerate(rows + empty):
+            for i in range(share):  # where the last step is short, its first row again, without weight
                 mx.random.seed((recipe.seed << 24) + start + i)
-                yield batch_of(row, tokens, share, multiple)
+                yield batch_of(*(rows[i], tokens, share) if i < len(rows) else (rows[0], tokens, 0), multiple)
 
     return batches
 
