@@ -248,9 +248,8 @@ class Run:
 
     def _wanted(self, settings: dict[str, Any], inputs: Iterable[Path]) -> dict[str, Any]:
         """What a record must say to be of these settings and inputs, as it comes back from JSON."""
-        return json.loads(
-            json.dumps({"settings": settings, "inputs": {self._name(p): sha256(p) for p in inputs}})
-        )
+        inputs = {self._name(p): sha256(p) for p in inputs}
+        return json.loads(json.dumps({"settings": settings, "inputs": inputs}))
 
     def _name(self, path: Path) -> str:
         """Relative to the run folder, so that a run can move to another machine; outside it, the name alone."""

@@ -165,15 +165,20 @@ def test_the_training_process_dies_with_the_one_that_started_it(tiny: BaseModel,
     )
     code += f"train(Run.open({str(run.folder)!r}, 'smoke', 'tiny-gemma'), LIVELY, backend='mlx')"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (children := _trainers(parent.pid)) or not list(run.folder.glob("training/checkpoints-*/mlx.log")):
-        assert time.monotonic() < deadline and parent.poll() is None
-        time.sleep(0.1)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=90)
-    for process in alive:
-        process.kill()
+    children: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 240
+        while not children or not list(run.folder.glob("training/checkpoints-*/mlx.log")):
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.1)
+            children = _trainers(parent.pid)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        _, alive = psutil.wait_procs(children, timeout=120)
+    finally:
+        for process in [parent, *children]:
+            with contextlib.suppress(psutil.Error, OSError):
+                process.kill()
     assert alive == []
     assert not adapter_folder(run).exists()
 

@@ -76,7 +76,7 @@ def test_a_loss_that_is_no_number_names_its_row_and_keeps_the_last_good_checkpoi
     tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stakelib.training import peft_backend
-    from stakelib.training.peft_backend import row_order
+    from stakelib.training.keep import row_order
 
     run, good, seventh = run_with_rows(home / "run"), peft_backend.row_loss, row_order(16, 1, FAST.seed)[6]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from stakelib.models.adapters import check_adapter
 from stakelib.models.mlx_models import BITS, mlx_folder
 from stakelib.run import CourseError, atomic_write_json, writing
 
-SHARD_BYTES = 2**30  # what is held at once: a merged gemma-2b has 5 GB, an M1 gives its graphics cores 5.3
+SHARD = 8  # tensors held at once, 1.5 GB at most: a merged gemma-2b has 5 GB, an M1 gives its graphics cores 5.3
 
 
 def trained_in_mlx(adapter: Path) -> str | None:
@@ -51,15 +51,11 @@ def fuse(base: BaseModel, adapter: Path, folder: Path) -> None:
     config.pop("torch_dtype", None)
     with writing(folder) as part:
         part.mkdir(parents=True)
-        shard, places, held = {}, {}, 0
-        for name, tensor in chain(_whole(base, adapter), [("", mx.zeros(0))]):  # the last one only empties the shelf
-            if shard and (held + tensor.nbytes > SHARD_BYTES or not name):
-                file = f"model-{len(set(places.values())) + 1:05d}.safetensors"
-                mx.save_safetensors(str(part / file), shard, {"format": "pt"})
-                places |= dict.fromkeys(shard, file)
-                shard, held = {}, 0
-            if name:
-                shard[name], held = tensor, held + tensor.nbytes
+        tensors, places = _whole(base, adapter), {}
+        while shard := dict(islice(tensors, SHARD)):
+            file = f"model-{len(places) // SHARD + 1:05d}.safetensors"
+            mx.save_safetensors(str(part / file), shard, {"format": "pt"})
+            places |= dict.fromkeys(shard, file)
         atomic_write_json(part / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
         atomic_write_json(part / "config.json", config | {"dtype": "float16"})
         for name in TOKENIZER_FILES:
@@ -69,7 +65,7 @@ def fuse(base: BaseModel, adapter: Path, folder: Path) -> None:
 
 
 def _whole(base: BaseModel, adapter: Path) -> Iterator[tuple[str, Any]]:
-    """Name and float16 values of each weight, de-quantised, the adapter added; only one of them is in memory."""
+    """Name and float16 values of each weight, de-quantised, the adapter added, as they are asked for."""
     import mlx.core as mx
 
     ours = json.loads((adapter / "mlx" / "adapter_config.json").read_text(encoding="utf-8"))

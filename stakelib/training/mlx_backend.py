@@ -26,7 +26,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from stakelib.models import Rendered
 from stakelib.models.mlx_models import load_mlx, logits_at
 from stakelib.run import CourseError, atomic_write_json, sha256, writing
-from stakelib.training.keep import COMPLETE, diverged, last_checkpoint, no_better, prune, rose, row_order
+from stakelib.training import keep
 from stakelib.training.recipe import Recipe, layer_numbers
 
 WHERE = {t: f"{'self_attn' if t in ('q_proj', 'k_proj', 'v_proj', 'o_proj') else 'mlp'}.{t}" for t in Recipe().targets}
@@ -125,29 +125,29 @@ class Keeper(TrainingCallback):
         self.valid, self.names = [Rendered(*row) for row in job["valid"]], job["names"]
         self.config = {"model": job["model"], "base_precision": recipe.precision}
         self.config |= lora_config(recipe, len(model.layers))
-        self.step, self.history, self.best = 0, [], [None, math.inf]  # best: step, validation loss
+        self.step, self.history, self.best = 0, [], None  # best: [step, validation loss]
         self.sum, self.window, self.saved = 0.0, [], time.monotonic()
+
+    def broken(self, what: str, first: int = 0, end: int = 0) -> CourseError:
+        """What to raise, naming the rows from `first` to before `end` in the order of training."""
+        return keep.diverged(what, self.names[first:end], self.best and self.best[0], self.folder)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint; one of step 0 holds no more than an adapter to begin with."""
-        found = last_checkpoint(self.folder)
+        found = keep.last_checkpoint(self.folder)
         if found is None:
             return
         state = json.loads((found / "state.json").read_text(encoding="utf-8"))
-        self.step, self.history, self.best = state["step"], state["history"], state["best"] or self.best
-        self.load(found)
+        self.step, self.history, self.best = state["step"], state["history"], state["best"]
+        self.model.load_weights(str(found / "adapters.safetensors"), strict=False)
         if (found / "optimizer.safetensors").exists():
             self.optimizer.state = tree_unflatten(list(mx.load(str(found / "optimizer.safetensors")).items()))
-
-    def load(self, checkpoint: Path) -> None:
-        self.model.load_weights(str(checkpoint / "adapters.safetensors"), strict=False)
 
     def on_train_loss_report(self, train_info: dict) -> None:
         share, row_at = self.recipe.accumulate, self.step * self.recipe.accumulate
         self.sum += train_info["train_loss"] / share
         if not math.isfinite(self.sum):
-            what = f"the loss is not a number at step {self.step + 1}"
-            raise diverged(what, self.names[row_at : row_at + share], self.best[0], self.folder)
+            raise self.broken(f"the loss is not a number at step {self.step + 1}", row_at, row_at + share)
         if train_info["iteration"] % share:
             return
         self.step += 1
@@ -168,10 +168,9 @@ class Keeper(TrainingCallback):
         self.log(loss=sum(self.window) / count)
         self.window = []
         losses = [h["loss"] for h in self.history if "loss" in h]
-        if rose(losses):
-            names = self.names[(self.step - count) * self.recipe.accumulate : self.step * self.recipe.accumulate]
-            what = f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f} at step {self.step}"
-            raise diverged(what, names, self.best[0], self.folder)
+        if keep.rose(losses):
+            what, share = f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f}", self.recipe.accumulate
+            raise self.broken(f"{what} at step {self.step}", (self.step - count) * share, self.step * share)
 
     def log(self, **loss: float) -> None:
         self.history.append({"step": self.step, **loss})
@@ -183,27 +182,26 @@ class Keeper(TrainingCallback):
             loss = evaluate(self.model, self.valid, 1, -1, loss=row_loss, iterate_batches=validation_batches)
         self.model.train()
         if not math.isfinite(loss):
-            what = f"the validation loss is not a number at step {self.step}"
-            raise diverged(what, [], self.best[0], self.folder)
+            raise self.broken(f"the validation loss is not a number at step {self.step}")
         self.log(eval_loss=loss)
-        self.best = min(self.best, [self.step, loss], key=lambda b: b[1])
+        self.best = min([b for b in (self.best, [self.step, loss]) if b], key=lambda b: b[1])
         self.save()
-        if self.step < self.steps and no_better(self.history, self.recipe.patience):
+        if self.step < self.steps and keep.no_better(self.history, self.recipe.patience):
             raise EndOfTraining
 
     def save(self) -> None:
         """A checkpoint, hidden until it is whole; none is written of what is not a number."""
         adapter = dict(tree_flatten(self.model.trainable_parameters()))
         if not all(mx.isfinite(t).all().item() for t in adapter.values()):
-            raise diverged(f"the adapter is not a number at step {self.step}", [], self.best[0], self.folder)
+            raise self.broken(f"the adapter is not a number at step {self.step}")
         with writing(self.folder / f"checkpoint-{self.step}") as part:
             part.mkdir()
             mx.save_safetensors(str(part / "adapters.safetensors"), adapter)
             atomic_write_json(part / "adapter_config.json", self.config)
             mx.save_safetensors(str(part / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
             atomic_write_json(part / "state.json", {"step": self.step, "history": self.history, "best": self.best})
-            atomic_write_json(part / COMPLETE, {f.name: sha256(f) for f in part.iterdir()})
-        prune(self.folder, self.best[0])
+            atomic_write_json(part / keep.COMPLETE, {f.name: sha256(f) for f in part.iterdir()})
+        keep.prune(self.folder, self.best and self.best[0])
         self.saved = time.monotonic()
 
 
@@ -215,11 +213,11 @@ def work(job: dict[str, Any], say: Callable[..., None]) -> None:
     mx.random.seed(recipe.seed)
     model = with_lora(load_mlx(Path(job["base"])), recipe)
     rows = [Rendered(*row) for row in job["train"]]
-    order = row_order(len(rows), job["epochs"], recipe.seed)
+    order = keep.row_order(len(rows), job["epochs"], recipe.seed)
     optimizer = ClippedAdamW(rate(recipe, job["steps"]), weight_decay=0.0, bias_correction=True)
     keeper = Keeper(model, optimizer, recipe, job, say)
     keeper.resume()
-    say(begun=keeper.step)
+    say(begun=keeper.step, history=keeper.history)
     left = (job["steps"] - keeper.step) * recipe.accumulate
     arguments = TrainingArgs(
         batch_size=1, iters=left, steps_per_report=1, steps_per_save=left + 1, max_seq_length=recipe.max_length,
@@ -228,7 +226,7 @@ def work(job: dict[str, Any], say: Callable[..., None]) -> None:
     )  # fmt: skip
     batches = training_batches(recipe, order, keeper.step, 64)
     with contextlib.suppress(EndOfTraining):
-        if left and not no_better(keeper.history, recipe.patience):
+        if left and not keep.no_better(keeper.history, recipe.patience):
             train(model, optimizer, rows, None, arguments, row_loss, batches, keeper)
     count = sum(t.size for _, t in tree_flatten(model.trainable_parameters()))
     say(done={"best": keeper.best, "end": keeper.step, "history": keeper.history, "trainable_parameters": count})

@@ -19,7 +19,7 @@ from stakelib import machine
 from stakelib.models import BaseModel, Rendered
 from stakelib.models.adapters import to_peft
 from stakelib.models.mlx_models import mlx_folder
-from stakelib.run import CourseError, Progress, Run, atomic_write_json, atomic_write_text
+from stakelib.run import REPOSITORY, CourseError, Progress, Run, atomic_write_json, atomic_write_text
 from stakelib.training.keep import curves, row_order, show_losses
 from stakelib.training.recipe import Recipe, rate_for
 from stakelib.training.rows import load_rows
@@ -89,7 +89,8 @@ def train_mlx(
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     job = {
-        "base": str(mlx_folder(base, recipe.precision)), "model": base.origin, "checkpoints": str(checkpoints),
+        "base": str(mlx_folder(base, recipe.precision).resolve()), "model": base.origin,
+        "checkpoints": str(checkpoints.resolve()),
         "recipe": replace(recipe, learning_rate=rate_for(config, recipe)).settings(),
         "train": [[r.ids, r.mask] for r in train], "valid": [[r.ids, r.mask] for r in valid],
         "names": [train[i].where for i in order], "steps": steps,
@@ -121,17 +122,18 @@ def _follow(job: Path, steps: int) -> dict[str, Any]:
     """Run the trainer on `job` until it ends; everything it said, the last word on each matter. It dies with us."""
     progress, dog, said, history = Progress("training", steps, "steps", every=15), Watchdog(swap_gb()), {}, []
     picture, log = None, job.with_name("mlx.log")
-    command = [sys.executable, "-m", "stakelib.training.mlx_backend", str(job)]
+    command = [sys.executable, "-m", "stakelib.training.mlx_backend", str(job.resolve())]
     with log.open("w", encoding="utf-8") as errors, progress.heartbeat():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", cwd=REPOSITORY)
         try:
             for line in process.stdout:
                 fact = json.loads(line)
                 said |= fact
-                if fact.get("begun"):
-                    print(f"training: going on from step {fact['begun']} of {steps}", flush=True)
                 if "begun" in fact:
+                    history = fact["history"]
                     progress.tick(fact["begun"])
+                    if fact["begun"]:
+                        print(f"training: going on from step {fact['begun']} of {steps}", flush=True)
                 if "step" in fact:
                     progress.tick(fact["step"], f"loss {fact['loss']:.3f}")
                     dog.see(fact["tokens_per_second"], swap_gb())

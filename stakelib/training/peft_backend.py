@@ -20,17 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from stakelib.models import Rendered, load_weights
 from stakelib.run import CourseError, Progress, atomic_write_json, is_main, sha256, writing
-from stakelib.training.keep import (
-    COMPLETE,
-    curves,
-    diverged,
-    last_checkpoint,
-    no_better,
-    prune,
-    rose,
-    row_order,
-    show_losses,
-)
+from stakelib.training import keep
 from stakelib.training.recipe import Recipe, layer_numbers, rate_for
 
 
@@ -95,8 +85,8 @@ class RowTrainer(Trainer):
             for file in (self.part / final.name).iterdir():
                 file.rename(self.part / file.name)
             (self.part / final.name).rmdir()
-            atomic_write_json(self.part / COMPLETE, {f.name: sha256(f) for f in self.part.iterdir()})
-        prune(final.parent, self.state.best_global_step)
+            atomic_write_json(self.part / keep.COMPLETE, {f.name: sha256(f) for f in self.part.iterdir()})
+        keep.prune(final.parent, self.state.best_global_step)
 
     def _save_rng_state(self, output_dir: str) -> None:
         if is_main():
@@ -122,25 +112,25 @@ class Watch(TrainerCallback):
         if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
             rows = self.names[state.global_step * self.recipe.accumulate :][: self.recipe.accumulate]
             what = f"the loss is not a number at step {state.global_step + 1}"
-            raise diverged(what, rows, state.best_global_step, Path(args.output_dir))
+            raise keep.diverged(what, rows, state.best_global_step, Path(args.output_dir))
 
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001, ANN003, ANN201
         logs, step, losses = logs or {}, state.global_step, [h["loss"] for h in state.log_history if "loss" in h]
         self.loss = logs.get("loss", self.loss)
-        if "loss" in logs and rose(losses):
+        if "loss" in logs and keep.rose(losses):
             rows = self.names[(step - args.logging_steps) * self.recipe.accumulate : step * self.recipe.accumulate]
             what = f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f} at step {step}"
-            raise diverged(what, rows, state.best_global_step, Path(args.output_dir))
+            raise keep.diverged(what, rows, state.best_global_step, Path(args.output_dir))
         if "eval_loss" in logs:
             print(f"validation loss {logs['eval_loss']:.3f} at step {step}", flush=True)
         if "eval_loss" in logs or self.drawn < self.progress.last:
-            self.drawn, self.picture = self.progress.last, show_losses(state.log_history, self.picture)
+            self.drawn, self.picture = self.progress.last, keep.show_losses(state.log_history, self.picture)
 
     def on_evaluate(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
         if not math.isfinite(state.log_history[-1]["eval_loss"]):
             what = f"the validation loss is not a number at step {state.global_step}"
-            raise diverged(what, [], state.best_global_step, Path(args.output_dir))
-        if state.global_step < state.max_steps and no_better(state.log_history, self.recipe.patience):
+            raise keep.diverged(what, [], state.best_global_step, Path(args.output_dir))
+        if state.global_step < state.max_steps and keep.no_better(state.log_history, self.recipe.patience):
             print(f"training: no better for {self.recipe.patience} validations, so it ends here", flush=True)
             control.should_training_stop, control.should_save = True, False  # a resumed run shall stop here again
 
@@ -175,7 +165,7 @@ def train_peft(
     if recipe.checkpointing == "on":
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # or the way back would go through the layers below those that learn
-    order = row_order(len(train), epochs, recipe.seed)
+    order = keep.row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     every = max(1, steps // (epochs * recipe.validate_per_epoch))
     nothing = [Rendered(train[0].ids[:1], [0])] * (-len(order) % processes().num_processes)  # so that all have a share
@@ -188,7 +178,7 @@ def train_peft(
         callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)],
     )
     trainer.remove_callback(PrinterCallback)
-    resumed = last_checkpoint(checkpoints)
+    resumed = keep.last_checkpoint(checkpoints)
     if resumed:
         print(f"training: going on from {resumed.name} of {steps}", flush=True)
     started = time.monotonic()
@@ -235,7 +225,7 @@ def _result(trainer, model, train, order, steps, resumed, seconds, per_step):  #
     start, end = int(resumed.name.split("-")[1]) if resumed else 0, trainer.state.global_step
     seen = [train[i] for i in order[: end * per_step]]
     return {
-        **curves(trainer.state.log_history),
+        **keep.curves(trainer.state.log_history),
         "best_step": trainer.state.best_global_step,
         "best_valid_loss": trainer.state.best_metric,
         "steps": steps,
