@@ -1,4 +1,4 @@
-"""The only launcher of the course: python3 course.py run | test | lab | doctor   (macOS, Linux, Windows).
+"""The only launcher of the course: python3 course.py run | test | lab | doctor | pack | unpack   (any system).
 
 Standard library only. It makes .venv beside itself, installs the pinned libraries and starts itself again inside.
 The syntax is old and annotations are quoted on purpose: an old Python must read this file to say it is too old.
@@ -66,6 +66,8 @@ def unmet(requirements: str) -> "list[str]":
     missing = []
     for line in requirements.splitlines():
         name, _, wanted = line.split("#")[0].strip().partition("==")
+        if ";" in wanted:
+            continue  # wanted on some machines, not needed on any: see `set_up`
         try:
             found = metadata.version(name).split("+")[0] if name else wanted
         except metadata.PackageNotFoundError:
@@ -105,7 +107,12 @@ def set_up() -> None:
     gpu = shutil.which("nvidia-smi") is not None
     install_torch(str(PYTHON), torch_plan("" if code else found.strip(), sys.platform, platform.machine(), gpu))
     say(f"Installing what {REQUIREMENTS.name} pins")
-    pip(str(PYTHON), ["-r", str(REQUIREMENTS)])
+    try:
+        pip(str(PYTHON), ["-r", str(REQUIREMENTS)])
+    except Stop:  # a marker also says: not needed. MLX's packages are made for newer systems than some
+        lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+        say("  trying again without MLX: notebook 03 will say so and skip, nothing else needs it")
+        pip(str(PYTHON), [line for line in lines if line and ";" not in line])
     say("Fetching llama.cpp's converter and registering the notebooks' kernel: later runs need no network")
     kernel = ["-m", "ipykernel", "install", "--prefix", str(VENV), "--name", "python3", "--display-name", "stakelib"]
     for step in (["-c", "from stakelib.export import converter; converter()"], kernel):
@@ -344,9 +351,14 @@ def doctor(options: argparse.Namespace) -> int:
     return 0
 
 
+def carry(options: argparse.Namespace) -> int:
+    """A run into one file or out of one, to take it to another machine; needs no set-up."""
+    return call([sys.executable, "-m", "stakelib.carry", options.command] + options.extra)
+
+
 def parse(arguments: "list[str]") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="course.py", description="Set up, run, test or open the course.")
-    commands = parser.add_subparsers(dest="command", metavar="run | test | lab | doctor", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="run | test | lab | doctor | pack | unpack", required=True)
     run = commands.add_parser("run", help="the whole course, headless, to a report")
     run.add_argument("--profile", default=os.environ.get("STAKE_PROFILE", "quick"), help="smoke, quick, report or full")
     run.add_argument("--model", help="a name from the README's table of models, or a local folder")
@@ -356,8 +368,10 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     test.add_argument("--all", action="store_true", help="also those that need real weights")
     commands.add_parser("lab", help="JupyterLab; further arguments go to it")
     commands.add_parser("doctor", help="what this machine is, what is missing")
+    commands.add_parser("pack", help="a run folder (as in runs/quick) into one file")
+    commands.add_parser("unpack", help="a packed run into runs/, or into a new folder that --out names")
     options, options.extra = parser.parse_known_args(arguments)
-    if options.extra and options.command not in ("test", "lab"):
+    if options.extra and options.command not in ("test", "lab", "pack", "unpack"):
         parser.error("unknown: {}".format(" ".join(options.extra)))
     return options
 
@@ -368,8 +382,8 @@ def main(arguments: "list[str]") -> int:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page must not end a run
         options = parse(arguments)
-        work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}[options.command]
-        if options.command == "doctor" or PARENT in os.environ:
+        work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}.get(options.command, carry)
+        if work in (doctor, carry) or PARENT in os.environ:
             return work(options)
         return call([environment(), str(ROOT / "course.py")] + arguments, **{PARENT: str(os.getpid())})
     except Stop as problem:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
 
     memory = psutil.virtual_memory()
     return {
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": _system(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_gb": round(memory.total / 2**30, 1),
@@ -39,9 +40,23 @@ def metal() -> tuple[bool, str]:
     """(can MLX use this machine's graphics cores, why)."""
     if not is_apple_silicon():
         return False, f"this is {platform.system()} on {platform.machine()}, no Mac with Apple silicon"
+    if not find_spec("mlx"):
+        return False, "MLX is not installed"
     from mlx.core import metal as graphics
 
     return graphics.is_available(), "MLX was asked"
+
+
+def mlx() -> tuple[str, str]:
+    """("metal", "cpu" or "none", why): what MLX can do here. On a processor it is slow: enough for a tiny model."""
+    if not (find_spec("mlx") and find_spec("mlx_lm")):
+        return "none", f"MLX is not installed; its packages are made for Macs and for newer Linux, this is {_system()}"
+    try:
+        fast, why = metal()
+        import mlx.core
+    except (ImportError, OSError) as problem:  # a processor or a C library that is too old for the package
+        return "none", f"MLX is installed and does not load: {problem}"
+    return ("metal", why) if fast else ("cpu", f"{why}; MLX {mlx.core.__version__} runs on the processor")
 
 
 def require(*, ram_gb: float, disk_gb: float, folder: Path) -> None:
@@ -88,6 +103,10 @@ def matmul_gflops(dtype: str, size: int = 768, seconds: float = 0.3) -> float:
 def _existing(folder: Path) -> Path:
     folder = Path(folder).resolve()
     return next(p for p in (folder, *folder.parents) if p.exists())
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.machine()}"
 
 
 def _processor() -> str:

@@ -210,10 +210,8 @@ class Run:
         missing = [f"{self._name(p)} is missing" for p in inputs if not Path(p).exists()]
         if missing:
             raise CourseError(missing, f"run the notebook before this one first (stage '{name}' needs these files)")
-        wanted = {"settings": settings, "inputs": {self._name(p): sha256(p) for p in inputs}}
-        wanted = json.loads(json.dumps(wanted))
-        saved = self.record["stages"].get(name)
-        if saved and all(saved[k] == v for k, v in wanted.items()) and self._intact(saved["outputs"], outputs):
+        wanted = self._wanted(settings, inputs)
+        if saved := self.finished(name, settings, inputs, outputs):
             print(
                 f"{name}: up to date (made {saved['finished']} in {saved['seconds']:.0f} s), nothing to do", flush=True
             )
@@ -237,6 +235,21 @@ class Run:
         }
         atomic_write_json(self.path("run.json"), self.record)
         return self.record["stages"][name]["result"]
+
+    def finished(
+        self, name: str, settings: dict[str, Any], inputs: Iterable[Path], outputs: Iterable[Path]
+    ) -> dict[str, Any] | None:
+        """The record of stage `name` if it made these outputs, unchanged since, of the same settings and inputs."""
+        saved = self.record["stages"].get(name)
+        if not saved or not all(Path(p).exists() for p in inputs):
+            return None
+        same = all(saved[k] == v for k, v in self._wanted(settings, inputs).items())
+        return saved if same and self._intact(saved["outputs"], outputs) else None
+
+    def _wanted(self, settings: dict[str, Any], inputs: Iterable[Path]) -> dict[str, Any]:
+        """What a record must say to be of these settings and inputs, as it comes back from JSON."""
+        inputs = {self._name(p): sha256(p) for p in inputs}
+        return json.loads(json.dumps({"settings": settings, "inputs": inputs}))
 
     def _name(self, path: Path) -> str:
         """Relative to the run folder, so that a run can move to another machine; outside it, the name alone."""
@@ -286,7 +299,7 @@ def _read_record(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the libraries whose version can change a result."""
-    names = ("torch", "transformers", "peft", "datasets", "gguf", "xllamacpp", "tokenizers", "numpy")
+    names = ("torch", "transformers", "peft", "datasets", "gguf", "xllamacpp", "tokenizers", "numpy", "mlx", "mlx-lm")
     found = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -200,6 +200,33 @@ def test_a_finished_set_up_is_skipped_until_the_requirements_change(
     assert len(calls) == 2
 
 
+def test_set_up_goes_on_without_what_only_some_machines_can_have(
+    bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Set-up tries everything, then everything but the lines with a marker; a second failure is the end."""
+    lines = 'no-such-package==1.0  # needed\nmlx[cpu]==9; sys_platform == "linux"\n'
+    course.REQUIREMENTS.write_text(lines, encoding="utf-8")
+    calls: list[list[str]] = []
+
+    def pip(python: str, arguments: list[str]) -> None:
+        calls.append(arguments)
+        if len(calls) == 1 or "no-such-package==1.0" in arguments and fails:
+            raise course.Stop("pip could not install mlx", "check the network")
+
+    monkeypatch.setattr(course, "pip", pip)
+    fails = False
+    course.set_up()
+    assert calls == [["-r", str(course.REQUIREMENTS)], ["no-such-package==1.0"]]
+    assert "without MLX: notebook 03 will say so and skip" in capsys.readouterr().out
+    assert course.is_set_up()
+    assert course.unmet('mlx[cpu]==9; sys_platform == "linux"') == []  # so it is not tried again at every start
+    calls.clear()
+    fails = True
+    with pytest.raises(course.Stop, match="could not install"):
+        course.set_up()
+    assert not course.is_set_up()
+
+
 @pytest.mark.parametrize("broken", ["pip", "quiet"])
 def test_an_interrupted_set_up_is_done_again(broken: str, bare_course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:

@@ -185,3 +185,89 @@ def test_quantised_types_exist_and_are_written_without_a_compiler() -> None:
         assert f"MOSTLY_{kind}" in gguf.LlamaFileType.__members__
     with pytest.raises(NotImplementedError):
         gguf.quants.quantize(block.repeat(8, axis=1), gguf.GGMLQuantizationType.Q4_K)
+
+
+# ------------------------------------------------------------------------------------------------- the guide's table
+
+TOOLS = r"mlx_lm (?:convert|lora|fuse|generate)|convert_hf_to_gguf\.py"
+HELP = """
+import contextlib, importlib, sys
+for name in ("convert", "lora", "fuse", "generate"):
+    sys.argv = [name, "--help"]
+    print("====", "mlx_lm", name)
+    with contextlib.suppress(SystemExit):
+        importlib.import_module("mlx_lm." + name).main()
+"""
+
+
+def guide_table() -> list[tuple[str, str]]:
+    """(in the guide, here) of each row of the README's table."""
+    part = text_of("README.md").partition("## In the guide -> here")[2].partition("\n## ")[0]
+    return [tuple(line.strip("| ").split(" | ", 1)) for line in part.splitlines() if line.startswith("| ")][1:]
+
+
+def named_options(cell: str) -> set[tuple[str, str]]:
+    """(tool, option) for every option that a cell names together with its tool, as `mlx_lm lora --data`."""
+    found = re.findall(rf"`({TOOLS})((?: --[\w-]+)+)`", cell)
+    return {(tool, option) for tool, options in found for option in options.split()}
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What each installed tool says of itself."""
+    from stakelib import machine
+    from stakelib.export import converter
+
+    if machine.mlx()[0] == "none":
+        pytest.skip(machine.mlx()[1])
+    env = {**os.environ, "PYTHONPATH": str(converter().parent), "NO_LOCAL_GGUF": "1", "COLUMNS": "200"}
+    done = [
+        subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8", env=e)
+        for command, e in ((["-c", HELP], {**os.environ, "COLUMNS": "200"}), ([str(converter()), "--help"], env))
+    ]
+    parts = done[0].stdout.split("==== ")[1:]
+    return {p.partition("\n")[0]: p for p in parts} | {"convert_hf_to_gguf.py": done[1].stdout}
+
+
+def unknown(options: set[tuple[str, str]], helps: dict[str, str]) -> list[tuple[str, str]]:
+    return sorted(o for o in options if not re.search(rf"(?<![\w-]){o[1]}(?![\w-])", helps[o[0]]))
+
+
+def test_every_option_of_the_table_is_known_to_the_tool(helps: dict[str, str]) -> None:
+    rows = guide_table()
+    assert len(rows) > 60
+    options = set().union(*(named_options(here) for _, here in rows))
+    assert {tool for tool, _ in options} == {f"mlx_lm {n}" for n in ("convert", "lora", "fuse", "generate")} | {
+        "convert_hf_to_gguf.py"
+    }
+    assert len(options) >= 20
+    assert unknown(options, helps) == []
+    gone = {("mlx_lm lora", o) for o in ("--lora-layers", "--adapter-file")} | {("mlx_lm fuse", "--de-quantize")}
+    assert unknown(gone, helps) == sorted(gone)  # the guide's own, which no tool has any more
+
+
+def test_the_conversion_passes_options_that_mlx_lm_knows(helps: dict[str, str]) -> None:
+    source = text_of("stakelib/models/mlx_models.py")
+    passed_on = {("mlx_lm convert", o) for o in re.findall(r'"(--[\w-]+)"', source)}
+    assert passed_on == {("mlx_lm convert", f"--{o}") for o in ("hf-path", "mlx-path", "dtype", "quantize", "q-bits")}
+    assert unknown(passed_on, helps) == []
+    assert passed_on <= set().union(*(named_options(here) for _, here in guide_table()))
+
+
+def test_mlx_keywords_are_still_known() -> None:
+    from stakelib import machine
+
+    if machine.mlx()[0] == "none":
+        pytest.skip(machine.mlx()[1])
+    source = text_of("stakelib/training/mlx_backend.py")
+    for name, path, least in (
+        ("TrainingArgs", "mlx_lm.tuner.trainer:TrainingArgs", 9),
+        ("evaluate", "mlx_lm.tuner.trainer:evaluate", 2),
+        ("ClippedAdamW", "mlx.optimizers:AdamW", 2),
+    ):
+        assert len(passed(source, name)) >= least
+        assert refused(source, name, found_at(path)) == set()
+    trainer = list(inspect.signature(found_at("mlx_lm.tuner.trainer:train")).parameters)
+    assert trainer == ["model", "optimizer", "train_dataset", "val_dataset", "args", "loss", "iterate_batches",
+                       "training_callback"]  # fmt: skip
+    assert hasattr(found_at("mlx_lm.tuner.callbacks:TrainingCallback"), "on_train_loss_report")

@@ -24,7 +24,8 @@ from stakelib import machine
 from stakelib.models import BaseModel
 from stakelib.run import CourseError, Progress, Run, sha256, writing
 from stakelib.training import RECIPES, Recipe, adapter_folder, train
-from stakelib.training.peft_backend import RISE, RowTrainer, Watch, by_step, last_checkpoint, no_better
+from stakelib.training.keep import RISE, by_step, last_checkpoint, no_better
+from stakelib.training.peft_backend import RowTrainer, Watch
 
 PRECISION = ("float32", "the same for every process of these tests, however busy the machine is")
 ONE_BY_ONE = replace(FAST, name="one by one", accumulate=1)  # 16 rows: 16 steps, a validation every 4
@@ -74,7 +75,7 @@ def test_a_loss_that_is_no_number_names_its_row_and_keeps_the_last_good_checkpoi
     tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stakelib.training import peft_backend
-    from stakelib.training.peft_backend import row_order
+    from stakelib.training.keep import row_order
 
     run, good, seventh = run_with_rows(home / "run"), peft_backend.row_loss, row_order(16, 1, FAST.seed)[6]
 

@@ -422,7 +422,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(
 
 
 def test_only_whole_checkpoints_count_and_numbers_are_numbers(tmp_path: Path) -> None:
-    from stakelib.training.peft_backend import last_checkpoint
+    from stakelib.training.keep import last_checkpoint
 
     assert last_checkpoint(tmp_path) is None
     whole = {"adapter_model.safetensors": hashlib.sha256(b"x").hexdigest()}
@@ -462,7 +462,7 @@ def test_checkpoints_of_other_rows_or_settings_are_not_continued(
 
 
 def test_rows_come_in_an_order_fixed_by_the_seed() -> None:
-    from stakelib.training.peft_backend import row_order
+    from stakelib.training.keep import row_order
 
     order = row_order(20, 3, seed=1)
     assert [sorted(order[i : i + 20]) for i in (0, 20, 40)] == [list(range(20))] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,45 @@ def lively_model(tiny: Path, folder: Path, seed: int) -> Path:
         words = model.get_input_embeddings().weight
         words.copy_(torch.randn(words.shape, generator=random) * 0.125)
     return _save(model, tiny, folder)
+
+
+def shaped_model(tiny: Path, folder: Path, kind: str, seed: int = 0) -> Path:
+    """A small model of the family `kind` with the tiny model's tokenizer, lively weights and no default of its own.
+
+    Rotary bases differ from every library's default, so that one who does not read them is found out.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    words = AutoConfig.from_pretrained(tiny).vocab_size
+    rope = {"rope_type": "default", "rope_theta": 250.0}
+    own = {
+        "llama": {"rope_parameters": rope, "tie_word_embeddings": True, "head_dim": 16},
+        "gemma": {"rope_parameters": rope, "head_dim": 32},
+        "gemma2": {"rope_parameters": rope, "head_dim": 32, "query_pre_attn_scalar": 32},
+        "gemma3_text": {
+            "rope_parameters": {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 90.0}},
+            "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    }[kind]  # fmt: skip
+    config = AutoConfig.for_model(kind, vocab_size=words, num_key_value_heads=2, **shape, **ids, **own)
+    random = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                spread = 0.2 if "embed" in name else 1.2 / weight.shape[1] ** 0.5
+                weight.copy_(torch.randn(weight.shape, generator=random) * spread)
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "source.json", "config.json"))
+    model.save_pretrained(folder)
+    shutil.copyfile(tiny / "generation_config.json", folder / "generation_config.json")
+    file = folder / "tokenizer_config.json"  # a Llama's sentencepiece writes a space first unless it is told not to
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"add_prefix_space": False}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return folder
 
 
 def _load(tiny: Path):  # noqa: ANN202

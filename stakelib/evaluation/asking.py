@@ -8,8 +8,9 @@ from typing import Any
 
 from stakelib.dialogues import guide_test_prompts
 from stakelib.evaluation.answers import answers
-from stakelib.export import ensure_base_gguf, gguf_file
+from stakelib.export import ensure_base_gguf, gguf_file, trained_in_mlx
 from stakelib.models import base_model, engine
+from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import Run
 from stakelib.training import adapter_folder, load_rows
 
@@ -41,23 +42,26 @@ def nine_voices(run: Run) -> dict[str, dict[str, Any]]:
     return dict(zip(sorted(rows), ask(run, "tuned", ordered), strict=True))
 
 
-def ask_guide_prompts(run: Run) -> list[dict[str, str]]:
-    """The guide's three test prompts before export: base and base + adapter in transformers, greedy.
+def ask_guide_prompts(run: Run, kind: str = "transformers") -> list[dict[str, str]]:
+    """The guide's three test prompts before export: base and base + adapter in transformers or "mlx", greedy.
 
     Returns one dict per prompt with "prompt", "base" and "tuned" (texts, new tokens only). Skipped if unchanged.
     """
     base, adapter = base_model(run.profile.model), adapter_folder(run)
-    prompts = list(guide_test_prompts().values())
+    prompts, folder, laid = list(guide_test_prompts().values()), base.folder, adapter
+    if kind == "mlx":
+        folder, laid = mlx_folder(base, trained_in_mlx(adapter) or "float32"), adapter / "mlx"
 
     def work() -> dict[str, Any]:
         texts = {}
-        for system, laid_over in (("base", None), ("tuned", adapter)):
+        for system, laid_over in (("base", None), ("tuned", laid)):
             print(f"guide's prompts: asking {system}, up to {run.profile.max_new_tokens} tokens each", flush=True)
-            with engine(base.folder, base.folder, "transformers", laid_over) as model:
+            with engine(folder, base.folder, kind, laid_over) as model:
                 replies = dict(model.ask(prompts, max_new_tokens=run.profile.max_new_tokens))
             texts[system] = [replies[i].text for i in range(len(prompts))]
         pairs = zip(prompts, texts["base"], texts["tuned"], strict=True)
         return {"asked": [dict(zip(("prompt", "base", "tuned"), p, strict=True)) for p in pairs]}
 
     settings = {"prompts": prompts, "max_new_tokens": run.profile.max_new_tokens}
-    return run.stage("guide-prompts", settings, [adapter, base.folder / "source.json"], [], work)["asked"]
+    name = "guide-prompts" if kind == "transformers" else f"guide-prompts-{kind}"
+    return run.stage(name, settings, [adapter, base.folder / "source.json"], [], work)["asked"]

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stakelib.export.fused import fuse, must_fuse, trained_in_mlx
 from stakelib.export.gguf_files import converter, quantise, to_gguf
 from stakelib.export.merged import check_folder, merge
 from stakelib.export.ollama import modelfile
 from stakelib.models import BaseModel, Rendered, base_model, engine, gguf_base, load_tokenizer, nll
+from stakelib.models.mlx_models import BITS, mlx_folder, mlx_nll
 from stakelib.run import CourseError, Run
 
 __all__ = [
@@ -17,12 +19,14 @@ __all__ = [
     "check_folder",
     "converter",
     "export",
+    "fuse",
     "gguf_file",
     "merge",
     "modelfile",
     "parity",
     "quantise",
     "to_gguf",
+    "trained_in_mlx",
 ]
 
 QUANTISATIONS = {"f16": None, "q8": "Q8_0", "q4": "Q4_0"}  # name in the file -> type in the GGUF
@@ -44,7 +48,7 @@ def export(run: Run, adapter: Path) -> dict[str, Any]:
     target = run.path("Modelfile")
 
     def work() -> dict[str, Any]:
-        merge(base, adapter, merged)
+        (fuse if must_fuse(adapter) else merge)(base, adapter, merged)
         _ladder(merged, files)
         ensure_base_gguf(base)
         modelfile(load_tokenizer(base.folder), files["q8"], target)
@@ -84,11 +88,13 @@ def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompt: str) -> di
     files = {q: gguf_file(run, q) for q in QUANTISATIONS}
 
     def work() -> dict[str, Any]:
-        losses = {
-            "base": nll(base.folder, rows),
-            "adapter": nll(base.folder, rows, adapter),
-            "merged": nll(merged, rows),
-        }
+        precision = trained_in_mlx(adapter)
+        if precision in BITS:  # measured where it was trained: on the packed weights
+            packed = mlx_folder(base, precision)
+            losses = {"base": mlx_nll(packed, rows), "adapter": mlx_nll(packed, rows, adapter / "mlx")}
+        else:
+            losses = {"base": nll(base.folder, rows), "adapter": nll(base.folder, rows, adapter)}
+        losses["merged"] = nll(merged, rows)
         for name, file in files.items():
             print(f"parity: {', '.join(f'{k} {v:.4f}' for k, v in losses.items())}", flush=True)
             losses[name] = nll(file, rows)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from stakelib.models import BaseModel, load_tokenizer, load_weights
+from stakelib.models.adapters import packed_by_mlx, shapes
 from stakelib.run import CourseError, writing
 
 # Copied from the base, byte for byte: tokenizers that are saved again lose files that the converter needs.
@@ -51,9 +52,13 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         for key in ("architectures", "vocab_size")
         if config.get(key) != original.get(key)
     ]
+    without = no_tokenizer(folder)
+    problems += [without] if without else []
+    if packed := packed_by_mlx(folder):
+        problems.append(packed)
     if not any(folder.glob("*.safetensors")):
         problems.append("no safetensors file")
-    elif shape := _embedding_rows(folder):
+    elif not without and not packed and (shape := _embedding_rows(folder)):
         words = len(load_tokenizer(folder))
         if not shape == config["vocab_size"] >= words:
             problems.append(
@@ -65,12 +70,11 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         )
 
 
-def _embedding_rows(folder: Path) -> int | None:
-    from safetensors import safe_open
+def no_tokenizer(folder: Path) -> str:
+    """What to say of a model folder without a tokenizer; else ""."""
+    found = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return "" if found else "no tokenizer: neither tokenizer.json nor tokenizer.model is there"
 
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.endswith("embed_tokens.weight"):
-                    return tensors.get_slice(name).get_shape()[0]
-    return None
+
+def _embedding_rows(folder: Path) -> int | None:
+    return next((size[0] for name, size in shapes(folder).items() if name.endswith("embed_tokens.weight")), None)

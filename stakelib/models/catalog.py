@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stakelib.machine import require
+from stakelib.machine import metal, require
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
 from stakelib.run import REPOSITORY, CourseError, atomic_write_json, sha256, sweep, writing
 
@@ -87,6 +87,10 @@ def base_model(name: str) -> BaseModel:
     """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network."""
     model = find_model(name)
     if model.source == "folder":
+        from stakelib.models.adapters import packed_by_mlx
+
+        if packed := packed_by_mlx(model.folder):
+            raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
         _describe_folder(model)
         return model
     folder = cache_folder() / "models" / model.name
@@ -122,7 +126,8 @@ def gguf_base(model: BaseModel, quantisation: str) -> Path:
 def preflight(name: str, folder: Path) -> BaseModel:
     """Before anything else: is the model known, allowed, and does the run fit this machine?
 
-    Memory: weights in float32 for the merge, plus 2.5 GB for training and Python. Disk: base, merged folder and three
+    Memory: weights in float32 for the merge, plus 2.5 GB for training and Python; on a Mac, where MLX trains on packed
+    weights and merges tensor by tensor, 0.6 bytes a parameter. Disk: base, merged folder and three
     GGUFs are about 12 bytes per parameter. Raises CourseError listing what is missing.
     """
     model = find_model(name)
@@ -130,7 +135,8 @@ def preflight(name: str, folder: Path) -> BaseModel:
     if model.source == "hub" and not cached:
         check_access(model)
     gb = model.parameters_m / 1000
-    require(ram_gb=round(4 * gb + 2.5, 1), disk_gb=round(12 * gb + 1, 1), folder=folder)
+    size = 0.6 if metal()[0] else 4
+    require(ram_gb=round(size * gb + 2.5, 1), disk_gb=round(12 * gb + 1, 1), folder=folder)
     return model
 
 

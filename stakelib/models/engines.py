@@ -32,14 +32,19 @@ class Answer:
 
 def engine(
     path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None
-) -> LlamaCpp | Transformers:
+) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
-    `path`: a GGUF file ("llama.cpp") or a model folder ("transformers", where `adapter` may name a LoRA folder).
+    `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
+    folder in that form).
     `tokenizer`: the base model's folder; ids are made by the same `render` as in training.
     """
     if not Path(path).exists():
         raise CourseError(f"{path} is missing", "run notebooks 04 and 05 first")
+    if kind == "mlx":
+        from stakelib.models.mlx_models import Mlx
+
+        return Mlx(path, tokenizer, adapter)
     return LlamaCpp(path, tokenizer) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
 
 

@@ -12,15 +12,21 @@ from typing import Any
 
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_tokenizer
+from stakelib.models.adapters import to_mlx
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
+from stakelib.training.keep import as_begun
+from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
+from stakelib.training.mlx_run import mlx_place, train_mlx
 from stakelib.training.plan import Plan, memory, plan, settle, what_fits
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = [
-    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "plan", "render_rows",
-    "train", "what_fits",
+    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "mlx_memory",
+    "mlx_place", "plan", "render_rows", "train", "what_fits",
 ]  # fmt: skip
+
+BACKENDS = ("peft", "mlx")
 
 
 def adapter_folder(run: Run) -> Path:
@@ -37,22 +43,27 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     smaller one; its adapter goes to training/trials/. Returns the losses (nats per learned token), tokens and speed.
     Raises CourseError for bad rows, a run that cannot fit into memory, or a broken loss.
     """
-    if backend not in ("auto", "peft"):
-        raise CourseError(f"back-end '{backend}' is unknown", "use backend='peft'")
+    if backend not in ("auto", *BACKENDS):
+        raise CourseError(f"back-end '{backend}' is unknown", f"use backend='auto', or one of {', '.join(BACKENDS)}")
     if rows:
         recipe = replace(recipe, validate_per_epoch=1)
     base, epochs = base_model(run.profile.model), 1 if rows else run.profile.epochs
     name = f"trial-{recipe.name}-{rows}" if rows else "train"
     folder = run.path("training", "trials", name) if rows else adapter_folder(run)
     files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
-    settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": "peft"}
+    inputs = [*files, base.folder / "source.json"]
+    settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": backend}
+    if backend == "auto":  # this machine's own, unless another machine has finished this very training with the other
+        own = "mlx" if machine.metal()[0] else "peft"
+        made = (k for k in BACKENDS if run.finished(name, settings | {"backend": k}, inputs, [folder]))
+        settings["backend"] = backend = next(made, own)
 
     def checkpoints() -> Path:
         return run.path("training", f"checkpoints-{_key(settings, files)}")
 
     def work() -> dict[str, Any]:
-        from stakelib.training.peft_backend import as_begun, train_peft
-
+        if backend == "mlx" and machine.mlx()[0] == "none":
+            raise CourseError(machine.mlx()[1], "use backend='peft' (notebook 04), which runs everywhere")
         tokenizer = load_tokenizer(base.folder)
         train_rows, valid_rows = checked_rows(tokenizer, files, recipe.max_length)
         if rows:  # the file is sorted by stakeholder: its first rows are one voice
@@ -61,28 +72,44 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         run.remember(machine=here)
 
         def decide() -> list[str]:
-            way, why = settle(run.profile.model, recipe, train_rows + valid_rows, here["ram_free_gb"])
+            data = train_rows + valid_rows
+            if backend == "mlx":
+                way, why = settle_mlx(base.name, _config(base), recipe, data, limit_gb())
+            else:
+                way, why = settle(run.profile.model, recipe, data, here["ram_free_gb"])
             return [way.precision, way.checkpointing, why]
 
         precision, checkpointing, why = as_begun(checkpoints(), decide)
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         settled = replace(recipe, precision=precision, checkpointing=checkpointing)
-        model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints())
-        result |= {"precision": precision, "precision_why": why, "checkpointing": checkpointing}
+        if backend == "mlx":
+            save, result = train_mlx(base, settled, epochs, train_rows, valid_rows, checkpoints())
+        else:
+            from stakelib.training.peft_backend import train_peft
+
+            model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints())
+            save = model.save_pretrained
+        result |= {"backend": backend, "precision": precision, "precision_why": why, "checkpointing": checkpointing}
         result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
         if is_main():
             with writing(folder) as part:
-                model.save_pretrained(part)
+                save(part)
                 _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
-                for file in part.iterdir():  # on the disk before the checkpoints go: a power cut finds one or the other
+                for file in (f for f in part.rglob("*") if f.is_file()):  # on the disk before the checkpoints go
                     with file.open("r+b") as stream:
                         os.fsync(stream.fileno())
         return result
 
-    result = run.stage(name, settings, [*files, base.folder / "source.json"], [folder], work)
+    result = run.stage(name, settings, inputs, [folder], work)
     if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
         discard(checkpoints())
     return result
+
+
+def _config(base: BaseModel) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.folder, local_files_only=True)
 
 
 def _key(settings: dict[str, Any], files: list[Path]) -> str:
@@ -95,6 +122,7 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base.origin
     atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    to_mlx(folder, result["precision"] if result["backend"] == "mlx" else None)
     lines = [
         f"# stakeholder-{base.short_name}: a LoRA adapter that answers as nine energy stakeholders", "",
         f"- Base model: {base.origin} (licence: {base.licence}; it also binds this adapter)",

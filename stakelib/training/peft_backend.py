@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import random
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,20 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
-from stakelib import machine, plots
 from stakelib.models import Rendered, load_weights
-from stakelib.run import CourseError, Progress, atomic_write_json, discard, is_main, sha256, writing
+from stakelib.run import CourseError, Progress, atomic_write_json, is_main, sha256, writing
+from stakelib.training import keep
 from stakelib.training.recipe import Recipe, layer_numbers, rate_for
-
-COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
-RISE = 2.0  # nats per token above the start: the right token is e^2 = 7 times less likely than before any training
 
 
 def collate(rows: list[Rendered], multiple: int = 64) -> dict[str, torch.Tensor]:
@@ -93,11 +85,8 @@ class RowTrainer(Trainer):
             for file in (self.part / final.name).iterdir():
                 file.rename(self.part / file.name)
             (self.part / final.name).rmdir()
-            atomic_write_json(self.part / COMPLETE, {f.name: sha256(f) for f in self.part.iterdir()})
-        found = by_step(final.parent)
-        for old in found[:-2]:
-            if old.name != f"checkpoint-{self.state.best_global_step}":
-                discard(old)
+            atomic_write_json(self.part / keep.COMPLETE, {f.name: sha256(f) for f in self.part.iterdir()})
+        keep.prune(final.parent, self.state.best_global_step)
 
     def _save_rng_state(self, output_dir: str) -> None:
         if is_main():
@@ -122,24 +111,26 @@ class Watch(TrainerCallback):
         """Before the weights change: a checkpoint never holds what is not a number."""
         if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
             rows = self.names[state.global_step * self.recipe.accumulate :][: self.recipe.accumulate]
-            raise diverged(args, state, f"the loss is not a number at step {state.global_step + 1}", rows)
+            what = f"the loss is not a number at step {state.global_step + 1}"
+            raise keep.diverged(what, rows, state.best_global_step, Path(args.output_dir))
 
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001, ANN003, ANN201
         logs, step, losses = logs or {}, state.global_step, [h["loss"] for h in state.log_history if "loss" in h]
         self.loss = logs.get("loss", self.loss)
-        # Two means of five steps in a row, so that one odd row is no reason; a healthy run never gets near it.
-        if "loss" in logs and len(losses) > 2 and min(losses[-2:]) > losses[0] + RISE:
+        if "loss" in logs and keep.rose(losses):
             rows = self.names[(step - args.logging_steps) * self.recipe.accumulate : step * self.recipe.accumulate]
-            raise diverged(args, state, f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f} at step {step}", rows)
+            what = f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f} at step {step}"
+            raise keep.diverged(what, rows, state.best_global_step, Path(args.output_dir))
         if "eval_loss" in logs:
             print(f"validation loss {logs['eval_loss']:.3f} at step {step}", flush=True)
         if "eval_loss" in logs or self.drawn < self.progress.last:
-            self.drawn, self.picture = self.progress.last, show_losses(state.log_history, self.picture)
+            self.drawn, self.picture = self.progress.last, keep.show_losses(state.log_history, self.picture)
 
     def on_evaluate(self, args, state, control, **_):  # noqa: ANN001, ANN003, ANN201
         if not math.isfinite(state.log_history[-1]["eval_loss"]):
-            raise diverged(args, state, f"the validation loss is not a number at step {state.global_step}", [])
-        if state.global_step < state.max_steps and no_better(state.log_history, self.recipe.patience):
+            what = f"the validation loss is not a number at step {state.global_step}"
+            raise keep.diverged(what, [], state.best_global_step, Path(args.output_dir))
+        if state.global_step < state.max_steps and keep.no_better(state.log_history, self.recipe.patience):
             print(f"training: no better for {self.recipe.patience} validations, so it ends here", flush=True)
             control.should_training_stop, control.should_save = True, False  # a resumed run shall stop here again
 
@@ -153,78 +144,9 @@ class Watch(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def no_better(history: list[dict[str, float]], patience: int) -> bool:
-    """True if the last `patience` validation losses of the log are all worse than the best one before them."""
-    losses = [h["eval_loss"] for h in history if "eval_loss" in h]
-    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-
-
-def diverged(args: TrainingArguments, state: TrainerState, what: str, rows: list[str]) -> CourseError:
-    """What happened, with which rows, and what is left."""
-    kept = f"the best checkpoint so far, of step {state.best_global_step}, is kept"
-    return CourseError(
-        [f"training diverged: {what}", *(f"it was learning {row}" for row in rows)]
-        + ([f"{kept} in {Path(args.output_dir).name}"] if state.best_global_step else []),
-        "read the rows named; if nothing is wrong with them, lower learning_rate in the recipe (half of it), run again",
-    )
-
-
-def show_losses(history: list[dict[str, float]], picture: Any) -> Any:
-    """Draw both losses so far in place of `picture`; only where Jupyter says that a person's notebook is open.
-
-    Under papermill and nbval, and without a notebook, nothing is shown: plain lines tell the same.
-    """
-    if "JPY_SESSION_NAME" not in os.environ:
-        return None
-    from IPython.display import display
-
-    chart = plots.loss_curve(curves(history))
-    if picture is None:
-        return display(chart, display_id=True)
-    picture.update(chart)
-    return picture
-
-
-def curves(history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
-    """(step, loss) of training and validation from the trainer's log."""
-    names = {"train_loss": "loss", "valid_loss": "eval_loss"}
-    return {name: [[h["step"], h[key]] for h in history if key in h] for name, key in names.items()}
-
-
-def by_step(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; later ones that are not are removed."""
-    for found in reversed(by_step(folder)):
-        with contextlib.suppress(OSError, ValueError):
-            files = json.loads((found / COMPLETE).read_text(encoding="utf-8"))
-            if files and all(sha256(found / name) == wanted for name, wanted in files.items()):
-                return found
-        if is_main():
-            discard(found)
-    return None
-
-
 def processes() -> PartialState:
     """Those that train together (accelerate's view of them): one, unless `accelerate launch` started more."""
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
-    """What `decide` says, or said on this computer when these checkpoints were begun; the same in all processes.
-
-    Measured again while the computer is busy, it could come out otherwise.
-    """
-    file, here, kept = checkpoints / "begun.json", machine.describe()["processor"], [None]
-    with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    chosen = kept[1:] if kept[0] == here else decide()
-    if is_main():
-        atomic_write_json(file, [here, *chosen])
-    return broadcast_object_list([chosen])[0] if processes().num_processes > 1 else chosen
 
 
 def train_peft(
@@ -243,7 +165,7 @@ def train_peft(
     if recipe.checkpointing == "on":
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # or the way back would go through the layers below those that learn
-    order = row_order(len(train), epochs, recipe.seed)
+    order = keep.row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     every = max(1, steps // (epochs * recipe.validate_per_epoch))
     nothing = [Rendered(train[0].ids[:1], [0])] * (-len(order) % processes().num_processes)  # so that all have a share
@@ -256,7 +178,7 @@ def train_peft(
         callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)],
     )
     trainer.remove_callback(PrinterCallback)
-    resumed = last_checkpoint(checkpoints)
+    resumed = keep.last_checkpoint(checkpoints)
     if resumed:
         print(f"training: going on from {resumed.name} of {steps}", flush=True)
     started = time.monotonic()
@@ -278,12 +200,6 @@ def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
         layers_to_transform=layer_numbers(config, recipe) if recipe.layers else None, bias="none",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-
-
-def row_order(rows: int, epochs: int, seed: int) -> list[int]:
-    """Row numbers in the order of training: each epoch a new shuffle, the same for the same seed."""
-    shuffle = random.Random(seed)
-    return [i for _ in range(epochs) for i in shuffle.sample(range(rows), rows)]
 
 
 def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> TrainingArguments:
@@ -309,7 +225,7 @@ def _result(trainer, model, train, order, steps, resumed, seconds, per_step):  #
     start, end = int(resumed.name.split("-")[1]) if resumed else 0, trainer.state.global_step
     seen = [train[i] for i in order[: end * per_step]]
     return {
-        **curves(trainer.state.log_history),
+        **keep.curves(trainer.state.log_history),
         "best_step": trainer.state.best_global_step,
         "best_valid_loss": trainer.state.best_metric,
         "steps": steps,

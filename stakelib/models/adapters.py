@@ -1,0 +1,120 @@
+"""One adapter, two forms: PEFT's is the canonical one, MLX's lies in its `mlx/` folder; either is made of the other."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from stakelib.run import CourseError, atomic_write_json, writing
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MLX_FILES = ("adapter_config.json", "adapters.safetensors")
+_PEFT = "base_model.model.{}.lora_{}.weight"
+
+
+def to_mlx(adapter: Path, precision: str | None = None) -> Path:
+    """Write the MLX form of the PEFT adapter in folder `adapter` to its `mlx/`, which is returned.
+
+    A [rank, inputs] and B [outputs, rank] become lora_a [inputs, rank] and lora_b [rank, outputs]; alpha becomes
+    scale = alpha / rank. `precision`: that of the base which MLX trained it on, see `mlx_folder`.
+    """
+    from safetensors.torch import load_file, save_file
+
+    check_adapter(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank, tensors = config["r"], load_file(adapter / "adapter_model.safetensors")
+    layers = sorted({int(n.split("layers.")[1].split(".")[0]) for n in tensors})
+    keys = sorted({n.split("layers.")[1].split(".", 1)[1].rsplit(".lora_", 1)[0] for n in tensors})
+    with writing(adapter / "mlx") as part:
+        part.mkdir()
+        turned = {_other(n): t.float().T.contiguous() for n, t in tensors.items()}
+        save_file(turned, part / MLX_FILES[1], {"format": "mlx"})
+        parameters = {"rank": rank, "scale": config["lora_alpha"] / rank, "dropout": config["lora_dropout"]}
+        atomic_write_json(part / MLX_FILES[0], {
+            "fine_tune_type": "lora", "num_layers": len(layers), "lora_parameters": {**parameters, "keys": keys},
+            "model": config["base_model_name_or_path"], "base_precision": precision,
+        })  # fmt: skip
+    return adapter / "mlx"
+
+
+def to_peft(mlx: Path, adapter: Path) -> Path:
+    """Write the PEFT form of the MLX adapter in folder `mlx` into folder `adapter`, which is returned."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    check_adapter(mlx)
+    config = json.loads((mlx / "adapter_config.json").read_text(encoding="utf-8"))
+    ours, tensors = config["lora_parameters"], load_file(mlx / MLX_FILES[1])
+    numbers = sorted({int(n.split("layers.")[1].split(".")[0]) for n in tensors})
+    adapter.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=ours["rank"], lora_alpha=round(ours["scale"] * ours["rank"]), lora_dropout=ours["dropout"], bias="none",
+        target_modules=sorted({n.split(".")[-2] for n in tensors}), layers_to_transform=numbers,
+        task_type="CAUSAL_LM", base_model_name_or_path=config.get("model"), inference_mode=True,
+    ).save_pretrained(adapter)  # fmt: skip
+    save_file({_other(n): t.float().T.contiguous() for n, t in tensors.items()}, adapter / PEFT_FILES[1])
+    return adapter
+
+
+def _other(name: str) -> str:
+    """A tensor's name in the other form."""
+    if found := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name):
+        return f"{found[1]}.lora_{found[2].lower()}"
+    module, _, letter = name.rpartition(".lora_")
+    return _PEFT.format(module, letter.upper())
+
+
+def check_adapter(folder: Path, base: Path | None = None) -> None:
+    """Raise CourseError listing what keeps a folder from being a LoRA adapter, of the model in folder `base` if given.
+
+    Knows the old example's npz file, a missing half, and an adapter whose matrices do not fit the model's.
+    """
+    folder = Path(folder)
+    here = {p.name for p in folder.glob("*")} if folder.is_dir() else set()
+    old = [folder.name] if folder.suffix == ".npz" else [n for n in here if n.endswith(".npz")]
+    form = MLX_FILES if MLX_FILES[1] in here else PEFT_FILES
+    problems = []
+    if old and form[1] not in here:
+        problems = [f"{old[0]} is the form of an old example script; mlx-lm and PEFT have not read it since 2024"]
+    elif not folder.is_dir():
+        problems = [f"{folder.name} is no folder: an adapter is a folder with adapter_config.json and safetensors"]
+    problems = problems or [f"{folder.name}: {name} is missing" for name in form if name not in here]
+    if not problems and base:
+        problems = [f"{folder.name}: {p}" for p in _misfits(folder / form[1], shapes(base))]
+    if problems:
+        raise CourseError(problems, "give the folder that notebook 03 or 04 wrote for this base model")
+
+
+def _misfits(file: Path, weights: dict[str, list[int]]) -> list[str]:
+    """Which matrices of the adapter do not fit the model's, whose shapes are [outputs, inputs]."""
+    problems = []
+    for name, size in shapes(file).items():
+        mlx = not name.startswith("base_model.")
+        module, _, letter = (_other(name) if mlx else name).removesuffix(".weight").rpartition(".lora_")
+        wanted = weights.get(module.removeprefix("base_model.model.") + ".weight")
+        found = (size[::-1] if mlx else size)[letter == "A"]
+        if wanted is None:
+            problems.append(f"{module.removeprefix('base_model.model.')} is not in this base model")
+        elif found != wanted[letter == "A"]:
+            what = "inputs" if letter == "A" else "outputs"
+            problems.append(f"{name} has {found} {what}, this base model {wanted[letter == 'A']}")
+    return problems[:5] + ([f"and {len(problems) - 5} more"] if len(problems) > 5 else [])
+
+
+def shapes(place: Path) -> dict[str, list[int]]:
+    """Shape of every tensor in a safetensors file, or in all of a folder; nothing but the headers is read."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+        with safe_open(file, framework="np") as tensors:
+            found |= {n: tensors.get_slice(n).get_shape() for n in tensors.keys()}  # noqa: SIM118
+    return found
+
+
+def packed_by_mlx(folder: Path) -> str:
+    """What to say of a model folder whose weights MLX packed into few bits, which no other program reads; else ""."""
+    packed = [n for n in shapes(folder) if n.endswith((".scales", ".biases"))]
+    return f"{packed[0]}: this folder is packed by MLX, take whole weights (fuse with --dequantize)" if packed else ""
