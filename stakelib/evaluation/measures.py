@@ -39,7 +39,8 @@ MEASURES: dict[str, Measure] = {
         "The model ended its turn before the token limit, with some text.", "A one-word answer stops too."),
     "cites_three": Measure(
         "Three or more scenario figures", "yes/no", "% of answers", "higher",
-        "At least three different figures that stand in the prompt; all, where it holds fewer.", "Figures may be listed without being discussed."),
+        "At least three different figures that stand in the prompt; all, where it holds fewer.",
+        "Figures may be listed without being discussed."),
     "grounded_share": Measure(
         "Correctness of figures", "share", "% of figures, mean over answers", "higher",
         "Share of an answer's figures found in its prompt with value, unit and, where stated, metric and year; "
