@@ -99,21 +99,13 @@ def full_steps(folder: Path, rows: list[Any]) -> list[float]:
 def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train `steps` rows with the course's own back-end and validate once, in this process; the first is not timed."""
     from benchmarks.shapes import random_model, random_rows
+    from benchmarks.train_speed import clock_of
     from stakelib import machine
     from stakelib.models import MODELS, base_model, config_of
     from stakelib.models.catalog import cache_folder
     from stakelib.training import Recipe, peft_backend
 
-    class Clock(peft_backend.Watch):
-        seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **more: Any) -> Any:
-            self.seconds.append(time.perf_counter() - self.start)
-            return super().on_step_end(*args, **more)
-
+    Clock = clock_of(peft_backend.Watch)
     peft_backend.Watch, name = Clock, case["model"]
     known = name in MODELS and (cache_folder() / "models" / name / "source.json").exists()
     folder = base_model(name).folder if known else random_model(name, ROOT / "runs" / "random" / name)
