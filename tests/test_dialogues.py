@@ -305,3 +305,13 @@ def test_guide_test_prompts() -> None:
     assert "Tanzania" in prompts["policy-makers"] and "60% solar by 2030" in prompts["grid-operators"]
     assert "[scenario details]" not in prompts["finance"] and "- Renewable Share 2030:" in prompts["finance"]
     assert prompts == guide_test_prompts()
+
+
+def test_some_prompts_hold_one_figure_and_their_answers_no_other() -> None:
+    """A model that has only seen rich prompts fills a poor one with figures of its own."""
+    for rows, one_in in ((ROWS, 12), (build(SCENARIOS, 0, asked=90), 2)):
+        thin = [r for r in rows if len({(m.value, m.year) for m in mentions(r.prompt)}) == 1]
+        assert 0.8 * len(rows) / one_in - 9 <= len(thin) <= len(rows) / one_in
+        assert {r.stakeholder_id for r in thin} == set(STAKEHOLDERS)
+        assert all({(f.metric, len(r.facts)) for f in r.facts} <= {("Renewable Share", 1)} for r in thin)
+        assert sum(len(r.facts) for r in thin) > 0.9 * len(thin)

@@ -77,6 +77,13 @@ def test_a_good_answer_has_no_fault() -> None:
     assert not found["copied_prompt"] and found["repeated"] < 0.05 and found["missing"] == []
 
 
+def test_where_the_prompt_holds_one_figure_that_one_is_enough() -> None:
+    thin = {**row(), "prompt": "Renewable Share 2030: 64.2%"}
+    assert score_answer(thin, answer("A renewable share of 64.2% by 2030 is fine."))["cites_three"]
+    assert not score_answer(thin, answer("It is fine."))["cites_three"]
+    assert not score_answer({**thin, "prompt": "Country: Ghana"}, answer(" "))["cites_three"]
+
+
 @pytest.mark.parametrize(("right", "wrong"), [("64.2%", "67.4%"), ("1,450 MW", "1,540 MW"), ("120 MW", "120 GWh")])
 def test_a_wrong_number_or_unit_is_listed(right: str, wrong: str) -> None:
     found = measured(GOOD.replace(right, wrong))

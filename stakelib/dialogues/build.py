@@ -84,8 +84,8 @@ def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = N
 
     Besides these full dialogues so many rows, in the same distribution: `asked`, full dialogues after the guide's
     free-form question; `enhance`, the tool's Ollama prompt with a `reply` of one kind, in the wording of the tool's
-    checkout `tool` if given; `voice`, two or three sentences. Scenarios, stances and contexts take turns; a country's
-    own development context comes up most.
+    checkout `tool` if given; `voice`, two or three sentences. Some prompts hold one figure only, see THIN. Scenarios,
+    stances and contexts take turns; a country's own development context comes up most.
     """
     mix = mix_for(mix) if isinstance(mix, int) else GUIDE_MIX if mix is None else mix
     problems = [f"unknown stakeholder {name!r}" for name in mix if name not in STAKEHOLDERS]

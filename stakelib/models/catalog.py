@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stakelib.machine import metal, require
+from stakelib.models.adapters import packed_by_mlx
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
 from stakelib.run import REPOSITORY, CourseError, atomic_write_json, sha256, sweep, writing
 
@@ -87,8 +88,6 @@ def base_model(name: str) -> BaseModel:
     """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network."""
     model = find_model(name)
     if model.source == "folder":
-        from stakelib.models.adapters import packed_by_mlx
-
         if packed := packed_by_mlx(model.folder):
             raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
         _describe_folder(model)

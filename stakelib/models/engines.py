@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from stakelib.models.chat import render, stop_ids, template
 from stakelib.models.gguf_weights import architecture, load_gemma
@@ -149,8 +149,8 @@ class Transformers:
     def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None) -> None:
         self.folder, self.adapter, self.tokenizer = Path(folder), adapter, load_tokenizer(tokenizer)
 
-    def __enter__(self) -> Transformers:
-        self.model = load_weights(self.folder, self.adapter)
+    def __enter__(self) -> Self:
+        self.model = self.load()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,14 +160,25 @@ class Transformers:
         self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer); only new tokens are decoded. Sampling is llama.cpp's job: temperature must be 0."""
-        import torch
-
         if temperature:
             raise CourseError("this engine is greedy", "use temperature 0, or the llama.cpp engine")
-        start = time.perf_counter()
         rows, stops = [render(self.tokenizer, p).ids for p in prompts], stop_ids(self.tokenizer)
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
+        for i, (new, seconds) in enumerate(self.generate(rows, stops, max_new_tokens)):
+            stop = next((k for k, t in enumerate(new) if t in stops), None)
+            text = self.tokenizer.decode(new[:stop], skip_special_tokens=True)
+            yield i, Answer(text, stop is not None, len(new) if stop is None else stop + 1, len(rows[i]), seconds)
+
+    def load(self) -> Any:
+        """The model, ready to be asked."""
+        return load_weights(self.folder, self.adapter)
+
+    def generate(
+        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
+    ) -> Iterator[tuple[list[int], float]]:
+        """(new token ids, seconds) for each row of prompt ids, in order; what follows a stop token does not count."""
+        import torch
+
+        start, width, pad = time.perf_counter(), max(map(len, rows)), self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
         attend = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
         with torch.inference_mode():
@@ -175,11 +186,8 @@ class Transformers:
                 input_ids=ids, attention_mask=attend, max_new_tokens=max_new_tokens, do_sample=False,
                 eos_token_id=stops, pad_token_id=pad,
             )  # fmt: skip
-        for i, new in enumerate(whole[:, width:].tolist()):
-            stop = next((k for k, t in enumerate(new) if t in stops), None)
-            text = self.tokenizer.decode(new[:stop], skip_special_tokens=True)
-            count = len(new) if stop is None else stop + 1
-            yield i, Answer(text, stop is not None, count, len(rows[i]), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        yield from ((new, seconds) for new in whole[:, width:].tolist())
 
 
 def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = None) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 from stakelib.models.adapters import check_adapter
 from stakelib.models.catalog import BaseModel, cache_folder
-from stakelib.models.chat import Rendered, render, stop_ids
-from stakelib.models.engines import Answer, load_tokenizer
+from stakelib.models.chat import Rendered
+from stakelib.models.engines import Transformers
 from stakelib.run import CourseError, atomic_write_json, sha256, writing
 
 BITS = {"nf4": 4, "int8": 8}  # the neutral recipe's names; MLX packs in groups of 64 with a scale and an offset
@@ -108,37 +108,29 @@ def mlx_nll(folder: Path, rows: Sequence[Rendered], adapter: Path | None = None)
     return total / sum(sum(r.mask) for r in rows)
 
 
-class Mlx:
+class Mlx(Transformers):
     """An MLX model folder, with a LoRA adapter (its `mlx/` folder) on top if one is given; greedy, one by one."""
 
     def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None) -> None:
-        self.folder, self.adapter, self.tokenizer = Path(folder), adapter, load_tokenizer(tokenizer)
+        super().__init__(folder, tokenizer, adapter)
         if adapter:
             check_adapter(adapter, tokenizer)
 
-    def __enter__(self) -> Mlx:
-        self.model = load_mlx(self.folder, self.adapter)
-        return self
+    def load(self) -> Any:
+        """The model, ready to be asked."""
+        return load_mlx(self.folder, self.adapter)
 
-    def __exit__(self, *_: object) -> None:
-        del self.model
-
-    def ask(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[tuple[int, Answer]]:
-        """Yield (index, Answer); the ids come from the same `render` as in training."""
+    def generate(
+        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
+    ) -> Iterator[tuple[list[int], float]]:
+        """(new token ids, seconds) for each row of prompt ids, in order; a stop token is the last."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step
 
-        if temperature:
-            raise CourseError("this engine is greedy", "use temperature 0, or the llama.cpp engine")
-        stops = stop_ids(self.tokenizer)
-        for i, prompt in enumerate(prompts):
-            start, new, ids = time.perf_counter(), [], render(self.tokenizer, prompt).ids
+        for ids in rows:
+            start, new = time.perf_counter(), []
             for token, _ in generate_step(mx.array(ids), self.model, max_tokens=max_new_tokens):
                 new.append(int(token))
                 if new[-1] in stops:
                     break
-            stopped = bool(new) and new[-1] in stops
-            text = self.tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True)
-            yield i, Answer(text, stopped, len(new), len(ids), time.perf_counter() - start)
+            yield new, time.perf_counter() - start

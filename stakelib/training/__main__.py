@@ -14,7 +14,7 @@ from stakelib.training import RECIPES, train
 
 def main() -> int:
     """Train the run that the arguments name; notebook 01 must have made its rows. Returns the exit code."""
-    from stakelib.training.peft_backend import processes
+    from stakelib.training.keep import processes
 
     parser = argparse.ArgumentParser(prog="python -m stakelib.training", description=__doc__)
     parser.add_argument("--profile", help="smoke, quick, report or full")

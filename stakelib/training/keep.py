@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stakelib import machine, plots
+from stakelib.models import Rendered
 from stakelib.run import CourseError, atomic_write_json, discard, is_main, sha256
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
@@ -98,13 +99,42 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
         return chosen
     from accelerate.utils import broadcast_object_list
 
-    from stakelib.training.peft_backend import processes
-
     processes()  # they must know of each other first
     return broadcast_object_list([chosen])[0]
+
+
+def processes() -> Any:
+    """Those that train together (accelerate's view of them): one, unless `accelerate launch` started more."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def row_order(rows: int, epochs: int, seed: int) -> list[int]:
     """Row numbers in the order of training: each epoch a new shuffle, the same for the same seed."""
     shuffle = random.Random(seed)
     return [i for _ in range(epochs) for i in shuffle.sample(range(rows), rows)]
+
+
+def outcome(
+    history: list[dict[str, float]], best: tuple[int, float], seen: Sequence[Rendered], *, steps: int, begun: int,
+    end: int, trainable: int, seconds: float, per_step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a training tells of itself, with either back-end.
+
+    `best`: (step, validation loss); `seen`: the rows learned, of this start and of those before; `begun`, `end`: the
+    steps between which this start worked, for `seconds`.
+    """
+    return {
+        **curves(history),
+        "best_step": best[0],
+        "best_valid_loss": best[1],
+        "steps": steps,
+        "stopped_early_at": end if end < steps else None,
+        "trainable_parameters": trainable,
+        "learned_tokens": sum(sum(row.mask) for row in seen),
+        "all_tokens": sum(len(row.ids) for row in seen),
+        "rows_per_second": round((end - begun) * per_step / max(seconds, 1e-9), 2),
+        "resumed_at": begun,
+    }

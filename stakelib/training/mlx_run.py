@@ -20,7 +20,7 @@ from stakelib.models import BaseModel, Rendered
 from stakelib.models.adapters import to_peft
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import REPOSITORY, CourseError, Progress, Run, atomic_write_json, atomic_write_text
-from stakelib.training.keep import curves, row_order, show_losses
+from stakelib.training.keep import outcome, row_order, show_losses
 from stakelib.training.recipe import Recipe, rate_for
 from stakelib.training.rows import load_rows
 
@@ -100,22 +100,13 @@ def train_mlx(
     started = time.monotonic()
     said = _follow(file, steps)
     done, end = said["done"], said["done"]["end"]
-    seen = [train[i] for i in order[: end * recipe.accumulate]]
-    trained = (end - said["begun"]) * recipe.accumulate
-    best = checkpoints / f"checkpoint-{done['best'][0]}"
-    return partial(to_peft, best), {
-        **curves(done["history"]),
-        "best_step": done["best"][0],
-        "best_valid_loss": done["best"][1],
-        "steps": steps,
-        "stopped_early_at": end if end < steps else None,
-        "trainable_parameters": done["trainable_parameters"],
-        "learned_tokens": sum(sum(row.mask) for row in seen),
-        "all_tokens": sum(len(row.ids) for row in seen),
-        "rows_per_second": round(trained / (time.monotonic() - started), 2),
-        "resumed_at": said["begun"],
-        "mlx_peak_gb": round(said.get("peak_gb", 0.0), 2),
-    }
+    result = outcome(
+        done["history"], done["best"], [train[i] for i in order[: end * recipe.accumulate]], steps=steps,
+        begun=said["begun"], end=end, trainable=done["trainable_parameters"], seconds=time.monotonic() - started,
+        per_step=recipe.accumulate,
+    )  # fmt: skip
+    best = checkpoints / f"checkpoint-{result['best_step']}"
+    return partial(to_peft, best), result | {"mlx_peak_gb": round(said.get("peak_gb", 0.0), 2)}
 
 
 def _follow(job: Path, steps: int) -> dict[str, Any]:

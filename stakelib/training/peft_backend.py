@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
@@ -144,11 +143,6 @@ class Watch(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def processes() -> PartialState:
-    """Those that train together (accelerate's view of them): one, unless `accelerate launch` started more."""
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
 def train_peft(
     base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
 ) -> tuple[Any, dict[str, Any]]:
@@ -168,7 +162,8 @@ def train_peft(
     order = keep.row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     every = max(1, steps // (epochs * recipe.validate_per_epoch))
-    nothing = [Rendered(train[0].ids[:1], [0])] * (-len(order) % processes().num_processes)  # so that all have a share
+    shares = keep.processes().num_processes  # all must have one, so rows of nothing fill up
+    nothing = [Rendered(train[0].ids[:1], [0])] * (-len(order) % shares)
     trainer = RowTrainer(
         model=model,
         args=_arguments(replace(recipe, learning_rate=rate_for(model.config, recipe)), checkpoints, steps, every),
@@ -190,7 +185,13 @@ def train_peft(
         raise
     if is_main():
         model.load_adapter(checkpoints / f"checkpoint-{trainer.state.best_global_step}", "default")
-    return model, _result(trainer, model, train, order, steps, resumed, time.monotonic() - started, recipe.accumulate)
+    state, begun = trainer.state, int(resumed.name.split("-")[1]) if resumed else 0
+    return model, keep.outcome(
+        state.log_history, (state.best_global_step, state.best_metric),
+        [train[i] for i in order[: state.global_step * recipe.accumulate]], steps=steps, begun=begun,
+        end=state.global_step, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        seconds=time.monotonic() - started, per_step=recipe.accumulate,
+    )  # fmt: skip
 
 
 def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
@@ -203,7 +204,7 @@ def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
 
 
 def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> TrainingArguments:
-    count = processes().num_processes
+    count = keep.processes().num_processes
     if recipe.accumulate % count:
         wrong = f"{count} processes cannot share evenly the rows of a step, which are {recipe.accumulate}"
         raise CourseError(wrong, f"give --rows-per-step {count} or a multiple of it")
@@ -219,20 +220,3 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
         ddp_find_unused_parameters=False,
     )  # fmt: skip
-
-
-def _result(trainer, model, train, order, steps, resumed, seconds, per_step):  # noqa: ANN001, ANN202
-    start, end = int(resumed.name.split("-")[1]) if resumed else 0, trainer.state.global_step
-    seen = [train[i] for i in order[: end * per_step]]
-    return {
-        **keep.curves(trainer.state.log_history),
-        "best_step": trainer.state.best_global_step,
-        "best_valid_loss": trainer.state.best_metric,
-        "steps": steps,
-        "stopped_early_at": end if end < steps else None,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "learned_tokens": sum(sum(row.mask) for row in seen),
-        "all_tokens": sum(len(row.ids) for row in seen),
-        "rows_per_second": round((end - start) * per_step / max(seconds, 1e-9), 2),
-        "resumed_at": start,
-    }
