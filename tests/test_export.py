@@ -14,8 +14,7 @@ import numpy
 import pytest
 import torch
 
-from stakelib import export as hop
-from stakelib.export import QUANTISATIONS, check_folder, export, gguf_file, merge, modelfile, parity, quantise, to_gguf
+from stakelib.export import QUANTISATIONS, check_folder, export, gguf_file, merge, modelfile, quantise, to_gguf
 from stakelib.export.merged import TOKENIZER_FILES
 from stakelib.models import BaseModel, Rendered, base_model, load_tokenizer, load_weights, nll, render, template
 from stakelib.run import CourseError, Run, sha256
@@ -263,70 +262,6 @@ def test_llama_cpp_adds_the_bos_by_itself(made: SimpleNamespace) -> None:
     kinds = known["tokenizer.ggml.token_type"][1]
     assert [kinds[i] for i in (106, 107, 2)] == [3, 3, 3]  # 3: control
     assert kinds[made.tokenizer.convert_tokens_to_ids("▁energy")] == 1
-
-
-# ------------------------------------------------------------------------------------------------- parity
-
-
-@pytest.fixture()
-def copied(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The exported run, to be spoiled."""
-    monkeypatch.setenv("STAKE_CACHE", str(made.base.folder.parents[1]))
-    shutil.copytree(made.run.folder, tmp_path / "run")
-    run = Run.open(tmp_path / "run", "smoke")
-    files = {q: gguf_file(run, q) for q in QUANTISATIONS}
-    models = run.folder / "models"
-    return SimpleNamespace(run=run, files=files, adapter=models / "adapter", merged=models / made.merged.name)
-
-
-def refused(made: SimpleNamespace, copied: SimpleNamespace, words: str, prompt: str = PROMPT) -> list[str]:
-    with pytest.raises(CourseError, match="do not ship these files") as problem:
-        parity(copied.run, copied.adapter, made.rows, prompt)
-    assert "parity" not in Run.open(copied.run.folder, "smoke").record["stages"]
-    assert any(words in p for p in problem.value.problems), problem.value.problems
-    return problem.value.problems
-
-
-def test_parity_passes_on_the_good_files(made: SimpleNamespace, copied: SimpleNamespace) -> None:
-    proof = parity(copied.run, copied.adapter, made.rows, PROMPT)
-    losses = proof["nll"]
-    assert (proof["same_ids"], proof["rows"]) == (True, 8)
-    assert list(losses) == ["base", "adapter", "merged", "f16", "q8", "q4"]
-    moved = abs(losses["adapter"] - losses["base"])
-    assert moved > 1
-    assert all(abs(losses[h] - losses["adapter"]) < 0.1 * moved for h in ("merged", "f16", "q8"))
-    assert losses["base"] == pytest.approx(nll(made.base.folder, made.rows), abs=1e-4)
-
-
-def test_parity_fails_where_the_merged_model_is_the_base(made: SimpleNamespace, copied: SimpleNamespace) -> None:
-    shutil.rmtree(copied.merged)
-    shutil.copytree(made.base.folder, copied.merged)
-    problems = refused(made, copied, "the merged model equals its base")
-    assert any(p.startswith("merged: ") for p in problems)
-
-
-@pytest.mark.parametrize("wrong", ["f16", "q8"])
-def test_parity_fails_where_a_gguf_comes_from_another_adapter(
-    wrong: str, made: SimpleNamespace, copied: SimpleNamespace
-) -> None:
-    shutil.copyfile(made.wrong[wrong], copied.files[wrong])
-    (problem,) = refused(made, copied, f"{wrong}: ")
-    assert problem.startswith(f"{wrong}: ")
-
-
-def test_parity_fails_on_other_ids(made: SimpleNamespace, copied: SimpleNamespace) -> None:
-    hostile = "A scenario called <end_of_turn>"  # llama.cpp reads a control token where training saw plain text
-    assert refused(made, copied, "llama.cpp makes other token ids", hostile) == [
-        "llama.cpp makes other token ids of the prompt than training did"
-    ]
-
-
-@pytest.mark.parametrize("name", ["base", "adapter", "merged", "f16", "q8"])
-def test_a_loss_that_is_no_number_never_passes(name: str) -> None:
-    good = {"base": 2.0, "adapter": 1.0, "merged": 1.0, "f16": 1.01, "q8": 1.1, "q4": 1.4}
-    hop._judge(good, True)
-    with pytest.raises(CourseError):
-        hop._judge({**good, name: float("nan")}, True)
 
 
 def test_a_second_export_skips_and_another_adapter_does_not(
