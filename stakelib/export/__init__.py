@@ -22,6 +22,7 @@ __all__ = [
     "QUANTISATIONS",
     "check_folder",
     "converter",
+    "disk_for",
     "export",
     "fuse",
     "gguf_file",

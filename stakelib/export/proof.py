@@ -155,7 +155,8 @@ def _hops(
 
 def _reference(f16: Path, rows: Sequence[Rendered]) -> tuple[Reference, Reading]:
     model = load_weights(f16, dtype="float32")
-    return reference(model, rows), read(model, rows)
+    kept = reference(model, rows)
+    return kept, read(model, rows, kept)
 
 
 def _read(
