@@ -1,4 +1,4 @@
-"""A tiny model that learned one sentence, exported, shared by the tests of export; it is made once and never changed."""
+"""A tiny model that learned one sentence, exported: shared by the tests of export, made once, never changed."""
 
 from __future__ import annotations
 

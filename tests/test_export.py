@@ -13,12 +13,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from exported import PROMPT, adapter_for
+from exported import adapter_for
 
-from stakelib.export import check_folder, disk_for, export, gguf_file, merge, modelfile, quantise, to_gguf
+from stakelib.export import check_folder, disk_for, export, gguf_file, merge, quantise, to_gguf
 from stakelib.export.merged import TOKENIZER_FILES
-from stakelib.models import load_tokenizer, load_weights, render, template
+from stakelib.models import load_weights
 from stakelib.run import CourseError, sha256
+
 
 def logits(source: Path, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
     model = load_weights(source, adapter, dtype="float32")

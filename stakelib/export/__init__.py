@@ -65,8 +65,10 @@ def export(run: Run, adapter: Path) -> dict[str, Any]:
 
 
 def disk_for(base: BaseModel, folder: Path, kinds: list[str]) -> None:
-    """Raise CourseError if the files to be made do not fit: 2 bytes a weight for the merged folder and for f16, 1.07
-    at most for each quantised file (the embeddings stay at 8 bits), the base's three in the cache if they are not there.
+    """Raise CourseError if the files to be made do not fit on the disk.
+
+    2 bytes a weight for the merged folder and for f16, 1.07 at most for each quantised file (the embeddings stay at 8
+    bits); the base's own three in the cache, if they are not there.
     """
     weights = sum(math.prod(size) for size in shapes(base.folder).values())
     ladder = 2 + 1.07 * (len(kinds) - 1)

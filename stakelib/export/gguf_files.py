@@ -28,7 +28,7 @@ def gguf_file(run: Run, quantisation: str) -> Path:
 
 
 def made_here(run: Run) -> tuple[dict[str, str | None], str]:
-    """(the quantisations of this run, one line that says why): K-quants where the tool is, or where they lie already."""
+    """(the quantisations of this run, one line that says why): K-quants where the tool is, or the files are."""
     tool = shutil.which("llama-quantize")
     there = {name: kind for name, kind in K_QUANTS.items() if tool or gguf_file(run, name).exists()}
     kinds = ", ".join(K_QUANTS.values())

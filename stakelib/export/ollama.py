@@ -34,7 +34,7 @@ def modelfile(tokenizer: Any, gguf: Path, target: Path, context: int = 2048) -> 
     lines = [
         f"# ollama create {gguf.stem.rpartition('-')[0]} -f {target.name}",
         f"FROM ./{gguf.relative_to(target.parent).as_posix()}",
-        f'TEMPLATE """{before}{SYSTEM}{PROMPT}{between}"""',  # a system text, if somebody sets one, opens the user's turn
+        f'TEMPLATE """{before}{SYSTEM}{PROMPT}{between}"""',  # a system text, if there is one, opens the user's turn
         f'PARAMETER stop "{around.end}"',
         f"PARAMETER num_ctx {context}",
         f"PARAMETER num_predict {ANSWER_TOKENS}",

@@ -70,7 +70,8 @@ def _facts(run: Run, base: Any, gguf: Path) -> dict[str, Any]:
         "recipe": stages.get("train", {}).get("settings", {}).get("recipe", {}), "proof": stages["parity"]["result"],
         "evaluation": json.loads(file.read_text(encoding="utf-8")) if file.exists() else None,
         "gemma": "gemma" in base.licence.lower() or "gemma" in base.name.lower(),
-        "machine": run.record.get("machine") or {}, "versions": versions(), "quantisation": gguf.stem.rpartition("-")[2],
+        "machine": run.record.get("machine") or {}, "versions": versions(),
+        "quantisation": gguf.stem.rpartition("-")[2],
     }  # fmt: skip
 
 
