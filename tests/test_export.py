@@ -286,10 +286,13 @@ def test_with_llama_quantize_k_quants_are_made(
     put_tool(tmp_path / "bin", monkeypatch)
     result = export(copied.run, copied.adapter)
     assert list(result["bytes"]) == ["f16", "q8", "q4", "q4_k_m", "q5_k_m"]
-    assert result["k_quants"] == "Q4_K_M, Q5_K_M: made by llama-quantize"
+    assert result["k_quants"] == copied.run.record["k_quants"] == "Q4_K_M, Q5_K_M: made by llama-quantize"
     assert sha256(gguf_file(copied.run, "q4_k_m")) == sha256(copied.files["f16"])  # it was asked with the right files
     monkeypatch.setenv("PATH", "")  # another machine, which has the files and not the tool, makes nothing again
     assert export(copied.run, copied.adapter) == result
+    copied.run.record["stages"].pop("k-quants")  # files of nobody knows which training go
+    assert list(export(copied.run, copied.adapter)["bytes"]) == ["f16", "q8", "q4"]
+    assert not gguf_file(copied.run, "q4_k_m").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
@@ -305,7 +308,7 @@ def test_a_failing_llama_quantize_leaves_nothing(
 def test_a_full_disk_is_found_before_the_work(
     made: SimpleNamespace, copied: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_for(made.base, copied.run.folder, ["f16", "q8", "q4"])
+    disk_for(made.base, copied.run.folder)
     free = shutil.disk_usage(copied.run.folder)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     monkeypatch.setattr("stakelib.export.shapes", lambda _: {"embed": [2_506_172_416]})  # as if it were gemma-2b

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 from stakelib.export.fused import fuse, must_fuse, trained_in_mlx
-from stakelib.export.gguf_files import QUANTISATIONS, converter, gguf_file, made_here, quantise, to_gguf
+from stakelib.export.gguf_files import QUANTISATIONS, converter, gguf_file, gguf_files, k_quants, quantise, to_gguf
 from stakelib.export.merged import check_folder, merge
 from stakelib.export.ollama import modelfile, ollama_hop
 from stakelib.export.product import product
@@ -46,32 +47,30 @@ def export(run: Run, adapter: Path) -> dict[str, Any]:
     """
     base = base_model(run.profile.model)
     merged = run.path("models", f"stakeholder-{base.short_name}-merged")
-    kinds, why = made_here(run)
-    files = {q: gguf_file(run, q) for q in kinds}
+    files = {q: gguf_file(run, q) for q in QUANTISATIONS}
     target = run.path("Modelfile")
 
     def work() -> dict[str, Any]:
-        disk_for(base, run.folder, list(files))
+        disk_for(base, run.folder)
         (fuse if must_fuse(adapter) else merge)(base, adapter, merged)
-        _ladder(merged, files, kinds)
+        _ladder(merged, files)
         ensure_base_gguf(base)
         modelfile(load_tokenizer(base.folder), files["q8"], target)
-        return {"bytes": {q: f.stat().st_size for q, f in files.items()}, "k_quants": why}
+        return {"bytes": {q: f.stat().st_size for q, f in files.items()}}
 
     source = base.folder / "source.json"
-    return run.stage(
-        "export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work
-    )
+    run.stage("export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work)
+    return {"k_quants": k_quants(run), "bytes": {q: f.stat().st_size for q, f in gguf_files(run).items()}}
 
 
-def disk_for(base: BaseModel, folder: Path, kinds: list[str]) -> None:
+def disk_for(base: BaseModel, folder: Path) -> None:
     """Raise CourseError if the files to be made do not fit on the disk.
 
     2 bytes a weight for the merged folder and for f16, 1.07 at most for each quantised file (the embeddings stay at 8
-    bits); the base's own three in the cache, if they are not there.
+    bits), two of them made by llama-quantize where it is; the base's own three in the cache, if they are not there.
     """
     weights = sum(math.prod(size) for size in shapes(base.folder).values())
-    ladder = 2 + 1.07 * (len(kinds) - 1)
+    ladder = 2 + 1.07 * (4 if shutil.which("llama-quantize") else 2)
     cached = all(gguf_base(base, q).exists() for q in QUANTISATIONS)
     for place, bytes_each in ((folder, 2 + ladder), (cache_folder(), 0 if cached else 2 + 1.07 * 2)):
         require(ram_gb=0, disk_gb=round(weights * bytes_each / 2**30, 1), folder=place)
@@ -81,13 +80,13 @@ def ensure_base_gguf(base: BaseModel) -> dict[str, Path]:
     """The untouched base as GGUF at every quantisation, kept in the cache: the fair opponent of the tuned model."""
     files = {q: gguf_base(base, q) for q in QUANTISATIONS}
     if not all(f.exists() for f in files.values()):
-        _ladder(base.folder, files, QUANTISATIONS)
+        _ladder(base.folder, files)
     return files
 
 
-def _ladder(folder: Path, files: dict[str, Path], kinds: dict[str, str | None]) -> None:
+def _ladder(folder: Path, files: dict[str, Path]) -> None:
     print(f"export: {folder.name} -> {', '.join(f.name for f in files.values())}", flush=True)
     to_gguf(folder, files["f16"])
-    for name, kind in kinds.items():
+    for name, kind in QUANTISATIONS.items():
         if kind:
             quantise(files["f16"], files[name], kind)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from stakelib.models import base_model
 from stakelib.run import CourseError, Progress, Run, atomic_write_json, writing
@@ -27,14 +28,35 @@ def gguf_file(run: Run, quantisation: str) -> Path:
     return run.path("models", f"stakeholder-{base_model(run.profile.model).short_name}-{quantisation}.gguf")
 
 
-def made_here(run: Run) -> tuple[dict[str, str | None], str]:
-    """(the quantisations of this run, one line that says why): K-quants where the tool is, or the files are."""
-    tool = shutil.which("llama-quantize")
-    there = {name: kind for name, kind in K_QUANTS.items() if tool or gguf_file(run, name).exists()}
-    kinds = ", ".join(K_QUANTS.values())
-    if there:
-        return QUANTISATIONS | there, f"{kinds}: made by llama-quantize"
-    return dict(QUANTISATIONS), f"{kinds}: not made, llama-quantize is not on the PATH (it comes with llama.cpp)"
+def gguf_files(run: Run) -> dict[str, Path]:
+    """The files of this run by quantisation; K-quants only where they lie there."""
+    files = {q: gguf_file(run, q) for q in (*QUANTISATIONS, *K_QUANTS)}
+    return {q: f for q, f in files.items() if q in QUANTISATIONS or f.exists()}
+
+
+def k_quants(run: Run) -> str:
+    """Make Q4_K_M and Q5_K_M of this run's f16 where llama-quantize is on the PATH; returns and records it.
+
+    A stage of its own: a tool that is installed later, or a run that came from another machine, repeats nothing else.
+    """
+    files, kinds = {q: gguf_file(run, q) for q in K_QUANTS}, ", ".join(K_QUANTS.values())
+
+    def work() -> dict[str, Any]:
+        for name, file in files.items():
+            quantise(gguf_file(run, "f16"), file, K_QUANTS[name])
+        return {}
+
+    said = f"{kinds}: not made, llama-quantize is not on the PATH (it comes with llama.cpp)"
+    stage = ("k-quants", {"kinds": list(K_QUANTS)}, [gguf_file(run, "f16")], list(files.values()))
+    if shutil.which("llama-quantize") or run.finished(*stage):
+        run.stage(*stage, work)
+        said = f"{kinds}: made by llama-quantize"
+    else:
+        for file in files.values():  # of an older training
+            file.unlink(missing_ok=True)
+    if run.record.get("k_quants") != said:
+        run.remember(k_quants=said)
+    return said
 
 
 def converter() -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stakelib.export.fused import trained_in_mlx
-from stakelib.export.gguf_files import gguf_file, made_here
+from stakelib.export.gguf_files import gguf_files
 from stakelib.export.merged import check_folder
 from stakelib.export.ollama import as_trained, rendered_by
 from stakelib.models import BaseModel, Rendered, base_model, engine, load_tokenizer, load_weights, render, template
@@ -32,9 +32,8 @@ def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompts: Sequence[
     and `_agreement`. One model is in memory at a time, in float32, beside f16's output layer.
     Raises CourseError with every reason not to ship these files, see `_judge`; what 4 bits cost is shown, not judged.
     """
-    base, made = base_model(run.profile.model), made_here(run)[0]
+    base, files = base_model(run.profile.model), gguf_files(run)
     merged, recipe = run.path("models", f"stakeholder-{base.short_name}-merged"), run.path("Modelfile")
-    files = {q: gguf_file(run, q) for q in made}
     judged = base.source != "made here"
     why = "a random model's answers mean nothing, nor whether they end" if not judged else "judged"
 
