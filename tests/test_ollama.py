@@ -33,7 +33,7 @@ CHATML = (
 ).replace("\n", "\\n")
 ASKED = [
     (PROMPT, ""), (PROMPT, "Answer as a grid operator."), ("{{ .System }} {{ if }} {{/* x */}} {% raw %} $x", ""),
-    ("Prompt", "{{ .Prompt }} {{ end }}"), ("Île de Gorée · 電力 · ⚡ 64,2 %\u00a0MW\u2028", "Répondez."),
+    ("Prompt", "{{ .Prompt }} {{ end }}"), ("Île de Gorée · 電力 · ⚡ 64,2 %\u00a0\u2028MW", "Répondez."),
     ("<b>bold</b> & <script>\"quoted\" 'x'</script> \\n \\u0041", "a < b && c > d"),
     ("first\n\n\nthird\r\n\ttabbed\n- item", "one\ntwo\n"), ('three quotes """ inside', '"""'),
 ]  # fmt: skip

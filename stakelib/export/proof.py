@@ -22,6 +22,11 @@ TOP = 0.98  # share of places at which f16's likeliest token must be the merged 
 CHOSEN = 0.95  # share of llama.cpp's own tokens that must be the merged model's likeliest
 STOPS = 0.75  # share of answers that must end by themselves
 START = 64  # tokens of an answer that are compared
+COLUMNS = {  # of the table
+    "nll": "nats/token", "kl": "KL from f16", "top": "same top token", "mb": "MB", "same_ids": "same ids",
+    "agree": "llama.cpp agrees", "same_start": "same first 64", "prefix": "same for", "stopped": "stopped",
+    "tokens_per_s": "tokens/s",
+}  # fmt: skip
 
 
 def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompts: Sequence[str]) -> dict[str, Any]:
@@ -59,16 +64,9 @@ def table(proof: Mapping[str, Any]) -> Any:
     """The parity table as a pandas DataFrame, one line per form of the model; empty where a column has no meaning."""
     import pandas
 
-    rows = {}
-    for name, hop in proof["hops"].items():
-        file = proof["engine"].get(name, {})
-        rows[name] = {
-            "nats/token": hop["nll"], "KL from f16": hop["kl"], "same top token": hop["top"], "MB": file.get("mb"),
-            "same ids": file.get("same_ids"), "llama.cpp agrees": file.get("agree"),
-            f"same first {START}": file.get("same_start"), "same for": file.get("prefix"),
-            "stopped": file.get("stopped"), "tokens/s": file.get("tokens_per_s"),
-        }  # fmt: skip
-    return pandas.DataFrame.from_dict(rows, orient="index").astype(object).where(lambda t: t.notna(), "")
+    hops, files = (pandas.DataFrame.from_dict(proof[part], orient="index") for part in ("hops", "engine"))
+    shown = hops.join(files)[list(COLUMNS)].rename(columns=COLUMNS)
+    return shown.astype(object).where(shown.notna(), "")
 
 
 def _folder_faults(merged: Path, base: BaseModel, recipe: Path, prompts: Sequence[str]) -> list[str]:

@@ -16,8 +16,7 @@ def nll(source: Path, rows: Sequence[Rendered], adapter: Path | None = None) -> 
 
     `source`: a model folder or a GGUF, which is loaded de-quantised. Mean over all learned tokens of all rows.
     """
-    model = load_weights(source, adapter, dtype="float32")
-    return sum(row_nll(model, r) for r in rows) / sum(sum(r.mask) for r in rows)
+    return read(load_weights(source, adapter, dtype="float32"), rows).nll
 
 
 def row_nll(model: Any, row: Rendered) -> float:
