@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ class Answer:
     new_tokens: int
     prompt_tokens: int
     seconds: float
+    ids: list[int] = field(default_factory=list)  # of the new tokens, where they were asked for
 
 
 def engine(
@@ -98,10 +99,15 @@ class LlamaCpp:
         del self.server
 
     def ask(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[tuple[int, Answer]]:
-        """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy."""
+        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
+        ids: bool = False,
+    ) -> Iterator[tuple[int, Answer]]:  # fmt: skip
+        """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy.
+
+        With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them).
+        """
         settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
+        settings |= {"logprobs": 1} if ids else {}  # the only place where the reply tells them
         pool = ThreadPoolExecutor(self.at_once)
         try:
             waiting = {
@@ -130,6 +136,7 @@ class LlamaCpp:
             usage["completion_tokens"],
             usage["prompt_tokens"],
             seconds,
+            [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])],
         )
 
     def tokenize(self, prompt: str) -> list[int]:
