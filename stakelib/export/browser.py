@@ -14,7 +14,8 @@ from typing import Any
 
 from stakelib.dialogues import brief, prompt_text
 from stakelib.export import gguf_file
-from stakelib.models import base_model, load_tokenizer, render
+from stakelib.export.ollama import _adds_bos as adds_bos
+from stakelib.models import base_model, load_tokenizer, render, template
 from stakelib.models.catalog import cache_folder
 from stakelib.run import CourseError, Run, atomic_write_json, sha256, writing
 from stakelib.scenarios import Scenario, country_profile
@@ -58,9 +59,9 @@ def wllama(url: str = WLLAMA_URL, digest: str = WLLAMA_SHA256) -> Path:
 def page(run: Run, scenarios: Sequence[Scenario], variant: str = "pragmatic") -> Path:
     """Build `page/` in the run folder and return it: index.html, app.js, wllama, the q8 model, prompts.json.
 
-    Each scenario gets one prompt per stakeholder, as in training, already as token ids: nothing in a scenario can
-    become a control token. Skipped if unchanged. Raises CourseError if wllama cannot be had, or a model too large for
-    one piece cannot be split.
+    Each scenario gets one prompt per stakeholder, inside the text that surrounded it in training. Skipped if unchanged.
+    Raises CourseError if wllama cannot be had, if a model too large for one piece cannot be split, or if a scenario's
+    text holds a control token of the model: wllama reads text only, so it could not be told apart.
     """
     base, gguf, target = base_model(run.profile.model), gguf_file(run, "q8"), run.folder / "page"
     web, own = files(__package__).joinpath("web"), ("index.html", "app.js")
@@ -86,11 +87,16 @@ def page(run: Run, scenarios: Sequence[Scenario], variant: str = "pragmatic") ->
 
 def _prompts(tokenizer: Any, scenario: Scenario, variant: str) -> dict[str, Any]:
     context = country_profile(scenario.metadata.country).get("context", "emerging")
-    prompts = {}
+    around, prompts = template(tokenizer), {}
+    name = f"{scenario.metadata.scenarioName} ({scenario.metadata.country})"
     for who, profile in STAKEHOLDERS.items():
         text = prompt_text(scenario, who, context, variant, brief(scenario, who, context, variant, seed=0))
-        prompts[profile.name] = {"text": text, "ids": render(tokenizer, text).ids}
-    return {"name": f"{scenario.metadata.scenarioName} ({scenario.metadata.country})", "prompts": prompts}
+        whole = f"{around.before}{text.strip()}{around.between}"
+        if tokenizer(whole, add_special_tokens=False).input_ids != render(tokenizer, text).ids:
+            raise CourseError(f"{name}: its text holds a control token of the model", "rename it in your file")
+        bos = tokenizer.bos_token if adds_bos(tokenizer, around) else None  # then wllama writes it too
+        prompts[profile.name] = {"text": text, "whole": whole.removeprefix(bos or "")}
+    return {"name": name, "prompts": prompts}
 
 
 def _model(gguf: Path, part: Path) -> list[str]:

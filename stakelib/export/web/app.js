@@ -34,8 +34,8 @@ async function ask() {
     halt = new AbortController();
     part('stop').disabled = false;
     say('Answering ...');
-    // the prompt comes as token ids made by the training code, so it reaches the model exactly as in training
-    const wanted = { prompt: chosen().ids, max_tokens: about.tokens, temperature: 0, stream: true };
+    // the text around the prompt is that of training, made by the course
+    const wanted = { prompt: chosen().whole, max_tokens: about.tokens, temperature: 0, stream: true };
     for await (const chunk of await model.createCompletion({ ...wanted, abortSignal: halt.signal })) {
       part('answer').textContent += chunk.choices[0]?.text ?? '';
       tokens += 1;
