@@ -22,8 +22,7 @@ from stakelib.dialogues.tasks import KEYS
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.statistics import clustered_wilson
 from stakelib.export import ensure_base_gguf, gguf_file
-from stakelib.export.endpoint import model_name
-from stakelib.export.serve import serving
+from stakelib.export.serve import model_name, serving
 from stakelib.models import Answer, base_model
 from stakelib.run import CourseError, Run
 from stakelib.scenarios import Scenario, scenario_id
@@ -57,15 +56,15 @@ def tool_requests(run: Run, enhance: int = 90, voice: int = 9, tool: str | Path 
     return rows
 
 
-def ask(address: str, model: str, prompt: str, temperature: float = TEMPERATURE, tokens: int = 400,
-        seed: int | None = None) -> dict[str, Any]:
+def ask_as_tool(address: str, model: str, prompt: str, temperature: float = TEMPERATURE, tokens: int = 400,
+                seed: int | None = None) -> dict[str, Any]:
     """The tool's own request to Ollama or to this course's endpoint: the reply, with its `seconds` added."""
     options = {"temperature": temperature, "num_predict": tokens} | ({} if seed is None else {"seed": seed})
     body = {"model": model, "prompt": prompt, "stream": False, "options": options}
     start = time.perf_counter()
     request = urllib.request.Request(
         f"{address}/api/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as reply:
+    with urllib.request.urlopen(request, timeout=660) as reply:
         return {**json.load(reply), "seconds": time.perf_counter() - start}
 
 
@@ -77,7 +76,7 @@ class Caller:
 
     def __enter__(self) -> Caller:
         self.open = ExitStack()
-        self.address = self.open.enter_context(serving(self.gguf, self.tokenizer))
+        self.address = self.open.enter_context(serving(self.gguf, self.tokenizer, seconds=600))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,7 +85,7 @@ class Caller:
     def ask(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float,
             seed: int) -> Iterator[tuple[int, Answer]]:
         for i, prompt in enumerate(prompts):
-            said = ask(self.address, model_name(self.gguf), prompt, temperature, max_new_tokens, seed)
+            said = ask_as_tool(self.address, model_name(self.gguf), prompt, temperature, max_new_tokens, seed)
             yield i, Answer(said["response"], said["done_reason"] == "stop", said["eval_count"],
                             said["prompt_eval_count"], said["seconds"])
 
