@@ -10,7 +10,7 @@ from stakelib.export.fused import fuse, must_fuse, trained_in_mlx
 from stakelib.export.gguf_files import converter, quantise, to_gguf
 from stakelib.export.merged import check_folder, merge
 from stakelib.export.ollama import modelfile
-from stakelib.models import BaseModel, Rendered, base_model, engine, gguf_base, load_tokenizer, nll
+from stakelib.models import BaseModel, Rendered, base_model, bits_per_byte, engine, gguf_base, load_tokenizer, nll
 from stakelib.models.mlx_models import BITS, mlx_folder, mlx_nll
 from stakelib.run import CourseError, Run
 
@@ -79,9 +79,9 @@ def _ladder(folder: Path, files: dict[str, Path]) -> None:
 def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompt: str) -> dict[str, Any]:
     """Prove each hop: mean negative log-likelihood (nats per token) of `rows` under base, adapter, merged, f16, q8, q4.
 
-    Also whether llama.cpp makes the same token ids of `prompt` as training did. Raises CourseError if a hop up to f16
-    undoes more than a tenth of what training changed (q8, which ships: a quarter, or 0.02 nats), if training changed
-    nothing, or if the ids differ.
+    Also in bits per byte, and whether llama.cpp makes the same token ids of `prompt` as training did. Raises
+    CourseError if a hop up to f16 undoes more than a tenth of what training changed (q8, which ships: a quarter, or
+    0.02 nats), if training changed nothing, or if the ids differ.
     """
     base = base_model(run.profile.model)
     merged = run.path("models", f"stakeholder-{base.short_name}-merged")
@@ -100,7 +100,10 @@ def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompt: str) -> di
             losses[name] = nll(file, rows)
         same = _same_ids(base, files["q8"], prompt)
         _judge(losses, same)
-        return {"nll": {k: round(v, 5) for k, v in losses.items()}, "same_ids": same, "rows": len(rows)}
+        tokenizer = load_tokenizer(base.folder)
+        bits = {k: round(bits_per_byte(v, rows, tokenizer), 5) for k, v in losses.items()}
+        return {"nll": {k: round(v, 5) for k, v in losses.items()}, "bits_per_byte": bits, "same_ids": same,
+                "rows": len(rows)}
 
     settings = {"rows": [r.ids for r in rows], "prompt": prompt}
     return run.stage("parity", settings, [adapter, merged, *files.values()], [], work)
