@@ -32,6 +32,7 @@ FUELS = {"coal": "Coal", "gas": "Gas", "diesel": "Diesel", "fuel oil": "Fuel Oil
 ASKABLE = {"storage": "Storage", "interconnect(?:or|ors|ion|ions)": "Interconnector", "peak demand": "Peak Demand",
            "jobs": "(?:Jobs|Permanent Jobs)", "emissions": "Emissions", "investment of": "(?:Yearly )?Investment",
            "imports of": "Imports", "land of": "New Land"}
+BACKED = {**FUELS, **ASKABLE}
 
 
 def sections(completion: str) -> dict[str, list[str]] | None:
@@ -178,7 +179,7 @@ def _conditioned(row: Dialogue) -> list[str]:
     return [f"the prompt lacks its {what}" for what, text in wanted.items() if text not in row.prompt]
 
 
-def absent(text: str, prompt: str, words: Mapping[str, str] = {**FUELS, **ASKABLE}) -> list[str]:  # noqa: B006
+def absent(text: str, prompt: str, words: Mapping[str, str] = BACKED) -> list[str]:
     """The words of `text` on a technology or figure of which `prompt` holds no line of data."""
     return [word for word, label in words.items() if re.search(rf"\b{word}\b", text, re.I)
             and not re.search(rf"(?:^- |with |, |\d ){label}\b", prompt, re.M)]

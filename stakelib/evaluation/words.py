@@ -72,11 +72,17 @@ def wrong_way(text: str, prompt: str) -> list[str]:
     """Phrases of `text` that call a rise a fall, or a fall a rise, against `prompt` or against their own figures."""
     ways, out = _ways(prompt), []
     for sentence in statements(without_names(text, prompt)):
-        if not _any("unstated").search(sentence):
-            for metric, way in ways.items():
-                out += [m.group() for m in _moving(metric, "down" if way == "up" else "up").finditer(sentence)]
-            out += _against_itself(sentence)
+        for metric, way in ways.items():
+            wrong = _moving(metric, "down" if way == "up" else "up").finditer(sentence)
+            out += [m.group() for m in wrong if _stated(sentence, m.start(), m.end())]
+        out += _against_itself(sentence)
     return out
+
+
+def _stated(sentence: str, start: int, end: int) -> bool:
+    """True unless the clause up to just behind the phrase is a wish, a condition, a doubt or a denial."""
+    clause = max(sentence.rfind(mark, 0, start) for mark in ",;:") + 1
+    return not _any("unstated").search(sentence, clause, end + 12)
 
 
 def _against_itself(sentence: str) -> list[str]:
@@ -87,7 +93,8 @@ def _against_itself(sentence: str) -> list[str]:
         verbs = [(m.end(), way) for way in ("up", "down") for m in _any(way).finditer(sentence, 0, a.start)]
         near = verbs and re.fullmatch(r"(?: \w+){0,5} from ", sentence[max(verbs)[0]:a.start])
         linked = re.fullmatch(r"(?:,? (?:in|by) \d{4})? (?:down |up )?to ", sentence[a.end:b.start])
-        return bool(near and linked and a.unit == b.unit and (max(verbs)[1] == "up") == (b.value < a.value))
+        turned = near and linked and a.unit == b.unit and (max(verbs)[1] == "up") == (b.value < a.value)
+        return bool(turned) and _stated(sentence, a.start, b.end)
 
     return [sentence[a.start:b.end] for a, b in zip(told, told[1:], strict=False) if a.value != b.value and wrong(a, b)]
 
