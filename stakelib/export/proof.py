@@ -12,7 +12,7 @@ from stakelib.export.gguf_files import gguf_files
 from stakelib.export.merged import check_folder
 from stakelib.export.ollama import as_trained, rendered_by
 from stakelib.models import BaseModel, Rendered, base_model, engine, load_tokenizer, load_weights, render, template
-from stakelib.models.likelihood import Reading, Reference, read, reference
+from stakelib.models.likelihood import Reading, Reference, bits_per_byte, read, reference
 from stakelib.models.mlx_models import BITS, mlx_folder, mlx_nll
 from stakelib.run import CourseError, Run
 
@@ -49,8 +49,10 @@ def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompts: Sequence[
             print(f"parity: {file.name} answers {len(prompts)} prompts in llama.cpp", flush=True)
             found[name], answers[name] = _asked(file, base, prompts, run.profile.max_new_tokens)
         hops = _hops(base, adapter, merged, files, rows, answers, found)
+        tokenizer = load_tokenizer(base.folder)
         result = {
             "hops": hops, "engine": found, "nll": {k: h["nll"] for k, h in hops.items()}, "rows": len(rows),
+            "bits_per_byte": {k: round(bits_per_byte(h["nll"], rows, tokenizer), 5) for k, h in hops.items()},
             "prompts": len(prompts), "same_ids": all(f["same_ids"] for f in found.values()), "answers": why,
         }  # fmt: skip
         _judge(result, faults, judged)

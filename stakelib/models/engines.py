@@ -32,13 +32,14 @@ class Answer:
 
 
 def engine(
-    path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None
+    path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None, context: int = 2048
 ) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
     folder in that form).
-    `tokenizer`: the base model's folder; ids are made by the same `render` as in training.
+    `tokenizer`: the base model's folder; ids are made by the same `render` as in training. `context`: tokens of one
+    prompt and its answer in llama.cpp.
     """
     if not Path(path).exists():
         raise CourseError(f"{path} is missing", "run notebooks 04 and 05 first")
@@ -46,7 +47,7 @@ def engine(
         from stakelib.models.mlx_models import Mlx
 
         return Mlx(path, tokenizer, adapter)
-    return LlamaCpp(path, tokenizer) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
+    return LlamaCpp(path, tokenizer, context=context) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
 
 
 def quiet() -> None:
@@ -100,13 +101,14 @@ class LlamaCpp:
 
     def ask(
         self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
-        ids: bool = False,
+        top_p: float = 1.0, ids: bool = False,
     ) -> Iterator[tuple[int, Answer]]:  # fmt: skip
         """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy.
 
         With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them).
         """
         settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
+        settings |= {"top_p": top_p} if temperature else {}
         settings |= {"logprobs": 1} if ids else {}  # the only place where the reply tells them
         pool = ThreadPoolExecutor(self.at_once)
         try:

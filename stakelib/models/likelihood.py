@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ def nll(source: Path, rows: Sequence[Rendered], adapter: Path | None = None) -> 
     `source`: a model folder or a GGUF, which is loaded de-quantised. Mean over all learned tokens of all rows.
     """
     return read(load_weights(source, adapter, dtype="float32"), rows).nll
+
+
+def bits_per_byte(nats: float, rows: Sequence[Rendered], tokenizer: Any) -> float:
+    """Nats per learned token of `rows` as bits per UTF-8 byte of their answers: comparable between tokenizers."""
+    learned = [[i for i, m in zip(r.ids, r.mask, strict=True) if m] for r in rows]
+    size = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned)
+    return nats * sum(map(len, learned)) / log(2) / size
 
 
 def row_nll(model: Any, row: Rendered) -> float:
