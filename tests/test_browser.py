@@ -5,6 +5,7 @@ Pictures of what a person sees go to $STAKE_SHOTS if that is set.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -161,4 +162,47 @@ def test_an_edit_in_the_pager_outlives_the_page_and_a_killed_kernel(chromium, la
     again = page.locator(".jp-OutputArea textarea:not([disabled])").first
     assert again.input_value().endswith(f"- {said}")
     assert "1 edited" in page.locator(".jp-NotebookPanel").inner_text()
+    page.close()
+
+
+BALLOT = """
+from pathlib import Path
+from stakelib import widgets
+from stakelib.evaluation import Rating
+rows = [{"id": f"r{i}", "stakeholder": "Grid Operators", "prompt": "<img src=x onerror=alert(1)>"} for i in range(2)]
+said = [{"row_id": f"r{i}", "system": s, "text": f"{s} <script>alert({i})</script>"}
+        for i in range(2) for s in ("base", "tuned")]
+widgets.rate(Rating(Path("votes"), rows, said, "Ada"))
+"""
+
+
+def press(page: object, *keys: str) -> None:
+    for key in keys:
+        page.keyboard.press(key)
+        page.wait_for_timeout(150)
+
+
+def test_two_pairs_are_rated_with_the_keyboard_alone(chromium, lab: tuple[str, Path]) -> None:
+    import nbformat
+
+    address, folder = lab[0], lab[1].parent / "notebooks"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BALLOT)]), folder / "ballot.ipynb")
+    page = chromium.new_page(viewport={"width": 1280, "height": 1600})
+    page.set_default_timeout(120_000)
+    alerts: list[str] = []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    open_and_run(page, address, "ballot.ipynb")
+    page.locator(".jp-OutputArea button:has-text('A is better')").first.focus()
+    for after in (("Tab",), ("Tab",)):  # accuracy A, naturalness same, relevance B, specificity A, next
+        press(page, "Space", "Tab", "Tab", "Tab", "Tab", "Enter", "Tab", "Tab", "Tab", "Tab", "Space")
+        press(page, "Tab", "Space", *["Tab"] * 4, "Space")
+        back = [f"Shift+{key}" for key in after * 13]
+        press(page, *back)
+    page.wait_for_timeout(1000)
+    votes = [json.loads(x) for x in (folder / "votes" / "ratings-ada.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [v["choice"] for v in votes] == ["A", "same", "B", "A"] * 2
+    assert len({v["row_id"] for v in votes}) == 2 and len({v["criterion"] for v in votes}) == 4
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 1, "a key that a button takes must not move or add cells"
+    assert alerts == [] and page.locator(".jp-OutputArea img").count() == 0
+    shot(page, "06-ballot")
     page.close()
