@@ -186,7 +186,9 @@ def test_two_pairs_are_rated_with_the_keyboard_alone(chromium, lab: tuple[str, P
     import nbformat
 
     address, folder = lab[0], lab[1].parent / "notebooks"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BALLOT)]), folder / "ballot.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # without it JupyterLab asks for one
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BALLOT)], metadata=kernel)
+    nbformat.write(made, folder / "ballot.ipynb")
     page = chromium.new_page(viewport={"width": 1280, "height": 1600})
     page.set_default_timeout(120_000)
     alerts: list[str] = []
