@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_report import HOSTILE, make
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -130,6 +131,22 @@ def test_report_opens_from_disk_and_loads_nothing(chromium, lab: tuple[str, Path
     page.close()
 
 
+def test_a_report_about_a_hostile_scenario_does_nothing(chromium, tmp_path: Path) -> None:
+    made, name = make(tmp_path, HOSTILE, ("Ada",)), "alert(1)"
+    page = chromium.new_page()
+    seen: list[str] = []
+    page.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: seen.append(request.url))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_timeout(500)
+    assert [x for x in seen if not x.startswith(("file:", "data:"))] == []
+    assert page.locator("script").count() == 0 and page.locator("main").inner_text().count(name) > 3 and name in made[0]
+    page.set_content("<script>alert(1)</script>")  # the twin: where markup is not escaped, this test sees it
+    page.wait_for_timeout(500)
+    assert seen[-1] == "1"
+    page.close()
+
+
 def open_and_run(page: object, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
@@ -195,11 +212,10 @@ def test_two_pairs_are_rated_with_the_keyboard_alone(chromium, lab: tuple[str, P
     page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
     open_and_run(page, address, "ballot.ipynb")
     page.locator(".jp-OutputArea button:has-text('A is better')").first.focus()
-    for after in (("Tab",), ("Tab",)):  # accuracy A, naturalness same, relevance B, specificity A, next
-        press(page, "Space", "Tab", "Tab", "Tab", "Tab", "Enter", "Tab", "Tab", "Tab", "Tab", "Space")
-        press(page, "Tab", "Space", *["Tab"] * 4, "Space")
-        back = [f"Shift+{key}" for key in after * 13]
-        press(page, *back)
+    for _ in range(2):  # accuracy A, naturalness same, relevance B, specificity A; then next, and back to the first
+        for tabs, key in ((0, "Space"), (4, "Space"), (4, "Enter"), (1, "Space"), (4, "Space")):
+            press(page, *["Tab"] * tabs, key)
+        press(page, *["Shift+Tab"] * 13)
     page.wait_for_timeout(1000)
     votes = [json.loads(x) for x in (folder / "votes" / "ratings-ada.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [v["choice"] for v in votes] == ["A", "same", "B", "A"] * 2
