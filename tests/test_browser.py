@@ -141,9 +141,10 @@ def test_a_report_about_a_hostile_scenario_does_nothing(chromium, tmp_path: Path
     page.wait_for_timeout(500)
     assert [x for x in seen if not x.startswith(("file:", "data:"))] == []
     assert page.locator("script").count() == 0 and page.locator("main").inner_text().count(name) > 3 and name in made[0]
-    page.set_content("<script>alert(1)</script>")  # the twin: where markup is not escaped, this test sees it
+    (tmp_path / "twin.html").write_text(f"<p>{HOSTILE}", encoding="utf-8")  # not escaped: this test sees it
+    page.goto((tmp_path / "twin.html").as_uri())
     page.wait_for_timeout(500)
-    assert seen[-1] == "1"
+    assert "1" in seen
     page.close()
 
 
