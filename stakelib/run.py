@@ -110,6 +110,14 @@ def atomic_write_json(path: Path, value: Any) -> Path:
     return atomic_write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
+def link(source: Path, target: Path) -> None:
+    """A second name for the same bytes, or a copy where the disk has no hard links (FAT, exFAT, another disk)."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, or of a folder's relative names and contents in sorted order."""
     path = Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,7 +154,7 @@ export const OTHER = { ollamaTimeout: 3000, webllm: true };
 def test_the_patch_is_computed_and_the_checkout_left_alone(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.open(None, "smoke")
+    run = Run.open(profile="smoke")
     lines = [judge(SHORT[0].model_dump(), answer("x", seconds)) for seconds in [2.0] * 99 + [50.0]]
     table = pd.DataFrame(lines)
     fragment = tool_patch(run, table)
@@ -177,27 +178,42 @@ def test_the_patch_is_computed_and_the_checkout_left_alone(
 
 
 @pytest.fixture()
-def fake_wllama(tmp_path: Path) -> dict[str, str]:
-    """A package with the three files that the page needs, and one that wants to leave its folder."""
+def fake_wllama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """npm that packs a package with the three files that the page needs, and one that wants to leave its folder."""
     file = tmp_path / "wllama.tgz"
     with tarfile.open(file, "w:gz") as packed:
         for name in [*browser.PARTS, "package/../../evil.js"]:
             about = tarfile.TarInfo(name)
             about.size = 3
             packed.addfile(about, io.BytesIO(b"abc"))
-    return {"url": file.as_uri(), "digest": browser.sha256(file)}
+
+    def npm(command: list[str], **_: Any) -> Any:
+        assert command[1:3] == ["pack", "@a/fake@1"] or command[2] == "@a/gone@1"
+        if command[2] == "@a/gone@1":
+            return SimpleNamespace(returncode=1, stderr="npm error code E404")
+        shutil.copyfile(file, Path(command[-1]) / "a-fake-1.tgz")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(browser.shutil, "which", lambda name: name)
+    monkeypatch.setattr(browser.subprocess, "run", npm)
+    return {"package": "@a/fake@1", "digest": browser.sha256(file)}
 
 
-def test_wllama_is_checked_and_only_what_is_needed_unpacked(home: Path, fake_wllama: dict[str, str]) -> None:
-    with pytest.raises(CourseError, match="sha256 is .*try another network"):
-        browser.wllama(fake_wllama["url"], "0" * 64)
-    with pytest.raises(CourseError, match="could not be downloaded"):
-        browser.wllama((home / "gone.tgz").as_uri())
+def test_wllama_is_checked_and_only_what_is_needed_unpacked(
+    home: Path, fake_wllama: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CourseError, match="(?s)sha256 is .*try another network"):
+        browser.wllama("@a/fake@1", "0" * 64)
+    with pytest.raises(CourseError, match="(?s)could not fetch @a/gone@1.*E404"):
+        browser.wllama("@a/gone@1")
     assert [p.name for p in (home / "cache").rglob("*")] == []
     folder = browser.wllama(**fake_wllama)
     assert sorted(p.name for p in folder.iterdir()) == sorted(browser.PARTS.values())
     assert not list(home.rglob("evil.js"))
-    assert browser.wllama("file:///gone") == folder  # from the cache
+    monkeypatch.setattr(browser.shutil, "which", lambda name: None)
+    assert browser.wllama(**fake_wllama) == folder  # from the cache
+    with pytest.raises(CourseError, match="npm, which fetches wllama, is not installed"):
+        browser.wllama("@a/other@1")
 
 
 def test_the_page_holds_every_prompt_as_in_training(
@@ -208,7 +224,7 @@ def test_the_page_holds_every_prompt_as_in_training(
     monkeypatch.setattr(browser, "cache_folder", lambda: home / "cache")
     made = browser.wllama(**fake_wllama)
     monkeypatch.setattr(browser, "wllama", lambda: made)
-    run = Run.open(None, "smoke")
+    run = Run.open(profile="smoke")
     gguf = run.path("models", "stakeholder-tiny-gemma-q8.gguf")
     gguf.write_bytes(b"GGUF")
     folder = browser.page(run, SCENARIOS[:2])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tarfile
-import urllib.request
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,15 +12,14 @@ from typing import Any
 
 from stakelib.dialogues import brief, prompt_text
 from stakelib.export import gguf_file
-from stakelib.export.ollama import _adds_bos as adds_bos
+from stakelib.export.ollama import as_trained
 from stakelib.models import base_model, load_tokenizer, render, template
 from stakelib.models.catalog import cache_folder
-from stakelib.run import CourseError, Run, atomic_write_json, sha256, writing
+from stakelib.run import CourseError, Run, atomic_write_json, link, sha256, writing
 from stakelib.scenarios import Scenario, country_profile
 from stakelib.voices import STAKEHOLDERS
 
-WLLAMA = "3.8.1"
-WLLAMA_URL = f"https://registry.npmjs.org/@wllama/wllama/-/wllama-{WLLAMA}.tgz"
+WLLAMA = "@wllama/wllama@3.8.1"
 WLLAMA_SHA256 = "bbe65fcc6d128d7853aed6d1699db7541e51a0363dc0135b8b68153acbf74670"
 PARTS = {"package/esm/index.min.js": "wllama.js", "package/esm/wasm/wllama.wasm": "wllama.wasm",
          "package/LICENCE": "wllama-licence.txt"}  # fmt: skip
@@ -30,20 +27,27 @@ LARGEST = 2 * 10**9  # bytes that a browser holds in one piece; beyond, wllama w
 SPLITTER = "llama-gguf-split"
 
 
-def wllama(url: str = WLLAMA_URL, digest: str = WLLAMA_SHA256) -> Path:
-    """wllama's three files in a folder of the course's cache; fetched once (6 MB) from npm's registry, checked."""
-    folder = cache_folder() / f"wllama-{WLLAMA}"
+def wllama(package: str = WLLAMA, digest: str = WLLAMA_SHA256) -> Path:
+    """wllama's three files in a folder of the course's cache; fetched once (6 MB) by npm, Node.js' client, and checked.
+
+    Raises CourseError without npm or a network, and if the package is not the pinned one.
+    """
+    folder, npm = cache_folder() / package.rpartition("/")[2].replace("@", "-"), shutil.which("npm")
     if all((folder / name).exists() for name in PARTS.values()):
         return folder
+    elsewhere = "or copy the .cache folder from a computer that has it; only the browser page needs it"
+    if npm is None:
+        raise CourseError("npm, which fetches wllama, is not installed", f"install Node.js (nodejs.org), {elsewhere}")
     with writing(folder) as part:
         part.mkdir(parents=True)
-        archive = part / "wllama.tgz"
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply, archive.open("wb") as target:
-                shutil.copyfileobj(reply, target)
-        except OSError as problem:
-            action = "check the network and try again, or copy the .cache folder from a computer that has it"
-            raise CourseError(f"wllama could not be downloaded: {problem}", action) from problem
+        done = subprocess.run(
+            [npm, "pack", package, "--silent", "--pack-destination", str(part)],
+            capture_output=True, text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        archive = next(part.glob("*.tgz"), None)
+        if done.returncode or archive is None:
+            raise CourseError([f"npm could not fetch {package}", *done.stderr.strip().splitlines()[-2:]],
+                              f"check the network and try again, {elsewhere}")  # fmt: skip
         if (found := sha256(archive)) != digest:
             problem = f"wllama: sha256 is {found}, {digest} was expected"
             raise CourseError(problem, "the download was changed on its way: try another network; nothing was kept")
@@ -94,18 +98,14 @@ def _prompts(tokenizer: Any, scenario: Scenario, variant: str) -> dict[str, Any]
         whole = f"{around.before}{text.strip()}{around.between}"
         if tokenizer(whole, add_special_tokens=False).input_ids != render(tokenizer, text).ids:
             raise CourseError(f"{name}: its text holds a control token of the model", "rename it in your file")
-        bos = tokenizer.bos_token if adds_bos(tokenizer, around) else None  # then wllama writes it too
-        prompts[profile.name] = {"text": text, "whole": whole.removeprefix(bos or "")}
+        prompts[profile.name] = {"text": text, "whole": as_trained(tokenizer, text)}
     return {"name": name, "prompts": prompts}
 
 
 def _model(gguf: Path, part: Path) -> list[str]:
     """Put the model beside the page; returns its file names. A second name of the same bytes where the disk can."""
     if gguf.stat().st_size <= LARGEST:
-        try:
-            os.link(gguf, part / "model.gguf")
-        except OSError:  # another disk, or a file system without links
-            shutil.copyfile(gguf, part / "model.gguf")
+        link(gguf, part / "model.gguf")
         return ["model.gguf"]
     tool = shutil.which(SPLITTER)
     if tool is None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from stakelib.export.gguf_files import gguf_file
 from stakelib.models import base_model
-from stakelib.run import CourseError, Run, atomic_write_text, sha256, versions, writing
+from stakelib.run import CourseError, Run, atomic_write_text, link, sha256, versions, writing
 
 LIMITS_GB = {"a laptop (Ollama)": 4, "a USB stick (browser page)": 2, "workshop Wi-Fi": 1}  # of the dialogue tool
 
@@ -32,7 +30,7 @@ def product(run: Run, quantisation: str = "q8") -> Path:
         raise CourseError(problems, "run notebook 05 to its end first")
     with writing(run.path("product")) as part:
         part.mkdir(parents=True)
-        _link(gguf, part / gguf.name)
+        link(gguf, part / gguf.name)
         inside = recipe.read_text(encoding="utf-8").replace(_source(recipe), f"./{gguf.name}")
         atomic_write_text(part / "Modelfile", inside)
         facts = _facts(run, base, gguf)
@@ -50,13 +48,6 @@ def _recorded(stage: dict[str, Any], gguf: Path) -> str | None:
 def _source(recipe: Path) -> str:
     lines = recipe.read_text(encoding="utf-8").splitlines()
     return next(line.split(" ", 1)[1] for line in lines if line.startswith("FROM "))
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # FAT and exFAT have no hard links
-        shutil.copyfile(source, target)
 
 
 def _facts(run: Run, base: Any, gguf: Path) -> dict[str, Any]:
