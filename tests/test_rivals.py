@@ -35,12 +35,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def asked(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What `ask` hands on to the engine, instead of an engine; every answer is GOOD and a list of general words."""
+    """What `ask` hands on to the engine, not an engine; answers are GOOD, two general words before it, one behind."""
     calls: list[dict] = []
 
     def answers(_: object, system: str, gguf: Path, rows: list[dict], **settings: object) -> list[dict]:
         calls.append({"system": system, "gguf": str(gguf), "rows": rows, **settings})
-        return [{**answer(GOOD + " Paris twelve"), "row_id": r["id"], "system": system} for r in rows]
+        return [{**answer(f"Paris twelve\n{GOOD} Africa"), "row_id": r["id"], "system": system} for r in rows]
 
     monkeypatch.setattr(asking, "answers", answers)
     monkeypatch.setattr(asking, "base_model", lambda name: SimpleNamespace(folder=Path("base"), short_name=name))

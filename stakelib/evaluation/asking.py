@@ -148,15 +148,16 @@ def voices_heard(run: Run) -> Any:
 
 
 def general(run: Run, system: str) -> pd.DataFrame:
-    """Sixteen general questions asked of a system: one line each, "knows" where an accepted answer came.
+    """Sixteen general questions asked of a system: one line each, "knows" if the reply begins with it.
 
-    Concatenate two systems' tables for compare(both, ["knows"]): what training made the model forget.
+    To begin with it: an accepted answer stands among the first twelve words. Concatenate two systems' tables for
+    compare(both, ["knows"]): what training made the model forget.
     """
     import pandas as pd
 
     rows = [{"id": f"general-{i}", "prompt": q, "accepted": a} for i, (q, *a) in enumerate(texts()["general"])]
     lines = [{"row_id": row["id"], "scenario_id": row["id"], "system": answer["system"], "question": row["prompt"],
-              "answer": answer["text"], "knows": any(re.search(rf"\b{a}\b", answer["text"], re.I)
+              "answer": answer["text"], "knows": any(re.search(rf"\b{a}\b", " ".join(answer["text"].split()[:12]), re.I)
                                                      for a in row["accepted"])}
              for row, answer in zip(rows, ask(run, system, rows), strict=True)]
     return pd.DataFrame(lines)
