@@ -287,12 +287,12 @@ def fleet(scenario: Any) -> Any:
 
 def panel(texts: Mapping[str, str]) -> str:
     """HTML: one card per title with its text, escaped; line breaks are kept, and **headings** are bold."""
-    bold = {title: re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", html.escape(text.strip())) for title, text in texts.items()}
-    cards = "".join(
-        f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
-        f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
-        f'<div style="white-space:pre-wrap;font-size:90%">{text or "(nothing)"}</div></section>'
-        for title, text in bold.items())  # fmt: skip
+    cards = ""
+    for title, text in texts.items():
+        shown = re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", html.escape(text.strip())) or "(nothing)"
+        cards += (f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
+                  f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
+                  f'<div style="white-space:pre-wrap;font-size:90%">{shown}</div></section>')  # fmt: skip
     columns = "repeat(auto-fit,minmax(280px,1fr))"
     return f'<div style="display:grid;grid-template-columns:{columns};gap:10px">{cards}</div>'
 
