@@ -6,7 +6,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.dialogues.formats import HEADINGS
@@ -25,13 +28,8 @@ BANNED = re.compile(r"\bLCOE\b|levelised cost|levelized cost|\btariffs?\b|\brese
 # the tool throws a voice away that holds one of these: signs of an echoed prompt
 ECHO = re.compile(r'Voice:|Examples:|Scenario:|Response: "|Write your response now|Now respond to this scenario'
                   r"|would respond", re.I)
-# a word of these needs a line of data in the prompt; a question may ask about the second kind without
-FUELS = {"coal": "Coal", "gas": "Gas", "diesel": "Diesel", "fuel oil": "Fuel Oil", "geothermal": "Geothermal",
-         "biomass": "Biomass", "hydro": "Hydro", "wind": "(?:Wind|Solar and Wind)",
-         "solar": "(?:Solar PV|Solar and Wind)", "nuclear": "Nuclear"}
-ASKABLE = {"storage": "Storage", "interconnect(?:or|ors|ion|ions)": "Interconnector", "peak demand": "Peak Demand",
-           "jobs": "(?:Jobs|Permanent Jobs)", "emissions": "Emissions", "investment of": "(?:Yearly )?Investment",
-           "imports of": "Imports", "land of": "New Land"}
+_TABLES = yaml.safe_load(files(__package__).joinpath("check.yaml").read_text(encoding="utf-8"))
+FUELS, ASKABLE, DECIDING = (_TABLES[name] for name in ("fuels", "askable", "deciding"))
 
 
 def sections(completion: str) -> dict[str, list[str]] | None:
@@ -158,24 +156,12 @@ def _structure(row: Dialogue) -> list[str]:
 
 def _conditioned(row: Dialogue) -> list[str]:
     """All that decides the wording stands in the prompt; a voice has no stance there, so it is always pragmatic."""
-    profile = STAKEHOLDERS[row.stakeholder_id]
-    bullets = {"country": f"- Country: {row.country}", "scenario": f"- Scenario: {row.scenario}"}
-    if row.task == "enhance":
-        wanted = bullets | {"stakeholder": f"- Name: {profile.name}", "context": f'"context": "{row.context}"',
-                            "variant": f'"variant": "{row.variant}"', "priorities": ", ".join(profile.priorities)}
-    elif row.task == "voice":
-        wanted = bullets | {"stakeholder": f"You are {profile.name}.", "context": f"- Context: {row.context}",
-                            "priorities": ", ".join(profile.priorities[:2])}
-        wanted |= {} if row.variant == "pragmatic" else {"variant": f"Stance: {row.variant}"}
-    elif "**Scenario Context**" in row.prompt:
-        wanted = bullets | {"stakeholder": f"simulating a {profile.name} stakeholder",
-                            "context": f"- Development Context: {row.context}",
-                            "variant": f"- Stakeholder Stance: {row.variant}",
-                            "priorities": ", ".join(profile.priorities)}
-    else:  # the free-form question
-        wanted = {"stakeholder": profile.name, "country": row.country, "scenario": f'scenario "{row.scenario}"',
-                  "context": row.context, "variant": row.variant}
-    return [f"the prompt lacks its {what}" for what, text in wanted.items() if text not in row.prompt]
+    profile, stance = STAKEHOLDERS[row.stakeholder_id], row.task != "voice" or row.variant != "pragmatic"
+    kind = "question" if row.task == "dialogue" and "**Scenario Context**" not in row.prompt else row.task
+    told = {"row": row, "name": profile.name, "priorities": ", ".join(profile.priorities),
+            "first_two": ", ".join(profile.priorities[:2])}
+    return [f"the prompt lacks its {what}" for what, text in DECIDING[kind].items()
+            if (stance or what != "variant") and text.format(**told) not in row.prompt]
 
 
 def _claims(row: Dialogue) -> list[str]:
