@@ -21,14 +21,11 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
 
     memory = psutil.virtual_memory()
     return {
-        "system": _system(),
-        "processor": _processor(),
+        "system": _system(), "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "ram_gb": round(memory.total / 2**30, 1),
-        "ram_free_gb": round(memory.available / 2**30, 1),
+        "ram_gb": round(memory.total / 2**30, 1), "ram_free_gb": round(memory.available / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(_existing(folder or Path.cwd())).free / 2**30, 1),
-        "python": platform.python_version(),
-    }
+        "python": platform.python_version()}
 
 
 def is_apple_silicon() -> bool:
@@ -82,8 +79,7 @@ def precision() -> tuple[str, str]:
     if half > 1.5 * full:
         return (
             "bfloat16",
-            f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)",
-        )
+            f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)")
     return "float32", f"bf16 brings nothing here ({half:.0f} against {full:.0f} GFLOP/s for fp32)"
 
 

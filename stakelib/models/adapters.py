@@ -34,8 +34,7 @@ def to_mlx(adapter: Path, precision: str | None = None) -> Path:
         parameters = {"rank": rank, "scale": config["lora_alpha"] / rank, "dropout": config["lora_dropout"]}
         atomic_write_json(part / MLX_FILES[0], {
             "fine_tune_type": "lora", "num_layers": len(layers), "lora_parameters": {**parameters, "keys": keys},
-            "model": config["base_model_name_or_path"], "base_precision": precision,
-        })  # fmt: skip
+            "model": config["base_model_name_or_path"], "base_precision": precision})
     return adapter / "mlx"
 
 

@@ -105,8 +105,7 @@ class LlamaCpp:
         pool = ThreadPoolExecutor(self.at_once)
         try:
             waiting = {
-                pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)
-            }
+                pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         finally:
@@ -116,8 +115,7 @@ class LlamaCpp:
         if len(ids) + settings["n_predict"] > self.context:
             raise CourseError(
                 f"{len(ids)} prompt tokens and {settings['n_predict']} new ones exceed the context of {self.context}",
-                "shorten the prompt",
-            )
+                "shorten the prompt")
         start = time.perf_counter()
         reply = self.server.handle_completions({"prompt": ids, **settings})
         if "choices" not in reply:
@@ -125,12 +123,8 @@ class LlamaCpp:
         choice, usage = reply["choices"][0], reply["usage"]
         seconds = time.perf_counter() - start
         return Answer(
-            choice["text"],
-            choice["finish_reason"] == "stop",
-            usage["completion_tokens"],
-            usage["prompt_tokens"],
-            seconds,
-        )
+            choice["text"], choice["finish_reason"] == "stop", usage["completion_tokens"], usage["prompt_tokens"],
+            seconds)
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids that llama.cpp itself makes of a prompt inside the chat template (BOS written by the template)."""
@@ -184,8 +178,7 @@ class Transformers:
         with torch.inference_mode():
             whole = self.model.generate(
                 input_ids=ids, attention_mask=attend, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=stops, pad_token_id=pad,
-            )  # fmt: skip
+                eos_token_id=stops, pad_token_id=pad)
         seconds = time.perf_counter() - start
         yield from ((new, seconds) for new in whole[:, width:].tolist())
 
@@ -209,13 +202,11 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
         model = load_gemma(source, wanted)
     elif source.suffix == ".gguf":
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted
-        )
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted)
     else:
         more = {"quantization_config": packing(dtype, wanted)} if packed else {}
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more
-        )
+            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more)
     if adapter:
         from peft import PeftModel
 

@@ -38,8 +38,7 @@ def mlx_folder(base: BaseModel, precision: str) -> Path:
         if done.returncode:
             raise CourseError(
                 [f"mlx_lm could not convert {base.name}", *done.stderr.strip().splitlines()[-2:]],
-                "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model",
-            )
+                "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model")
         file = part / "config.json"
         atomic_write_json(file, _classic(json.loads(file.read_text(encoding="utf-8"))))
     return folder

@@ -13,8 +13,7 @@ GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' "
     "+ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
 # Gemma's ids 0-107: llama.cpp's converter expects <end_of_turn> at 107.
 FIRST_TOKENS = ["<mask>", "\n", *(f"<unused{i}>" for i in range(100)), "<start_of_turn>", "<end_of_turn>"]
 WORDS = Path(__file__).resolve().parents[1] / "voices" / "data"  # read as plain text, so that rows are not all bytes
@@ -30,8 +29,7 @@ def make_tiny(folder: Path, seed: int = 0) -> None:
     config = GemmaConfig(
         vocab_size=tokens, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1,
-        pad_token_id=0,
-    )  # fmt: skip
+        pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GemmaForCausalLM(config)
@@ -53,12 +51,10 @@ def _write_tokenizer(folder: Path) -> int:
         byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>",
         user_defined_symbols=FIRST_TOKENS,
         add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
-        split_digits=True, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        split_digits=True, num_threads=1, minloglevel=2)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = GemmaTokenizer.from_pretrained(
-        folder, extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], chat_template=GEMMA_TEMPLATE
-    )
+        folder, extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], chat_template=GEMMA_TEMPLATE)
     tokenizer.save_pretrained(folder)
     file = (
         folder / "tokenizer_config.json"

@@ -134,6 +134,5 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
         "- Precision of the frozen base: " + result["precision"],
         "- Made on: {processor}, {cores} cores, {ram_gb} GB of memory, {system}; ".format_map(result)
         + ", ".join(f"{library} {version}" for library, version in versions().items()), "",
-        "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others.",
-    ]  # fmt: skip
+        "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others."]
     atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")

@@ -64,8 +64,7 @@ class Watchdog:
                 f"training fell from {before:.0f} to {now:.0f} tokens a second while {grown:.1f} GB went to swap: the "
                 "memory is full",
                 "close other programs and run again (it goes on from its last checkpoint), or set precision='nf4' and "
-                "checkpointing='on' in the recipe",
-            )
+                "checkpointing='on' in the recipe")
 
 
 def swap_gb() -> float:
@@ -94,8 +93,7 @@ def train_mlx(
         "recipe": replace(recipe, learning_rate=rate_for(config, recipe)).settings(),
         "train": [[r.ids, r.mask] for r in train], "valid": [[r.ids, r.mask] for r in valid],
         "names": [train[i].where for i in order], "steps": steps,
-        "epochs": epochs, "every": max(1, steps // (epochs * recipe.validate_per_epoch)),
-    }  # fmt: skip
+        "epochs": epochs, "every": max(1, steps // (epochs * recipe.validate_per_epoch))}
     file = atomic_write_json(checkpoints / "job.json", job)
     started = time.monotonic()
     said = _follow(file, steps)
@@ -103,8 +101,7 @@ def train_mlx(
     result = outcome(
         done["history"], done["best"], [train[i] for i in order[: end * recipe.accumulate]], steps=steps,
         begun=said["begun"], end=end, trainable=done["trainable_parameters"], seconds=time.monotonic() - started,
-        per_step=recipe.accumulate,
-    )  # fmt: skip
+        per_step=recipe.accumulate)
     best = checkpoints / f"checkpoint-{result['best_step']}"
     return partial(to_peft, best), result | {"mlx_peak_gb": round(said.get("peak_gb", 0.0), 2)}
 
@@ -147,6 +144,5 @@ def _follow(job: Path, steps: int) -> dict[str, Any]:
         raise CourseError(
             [f"the MLX process ended with code {process.returncode}", *last],
             "run again: it goes on from its last checkpoint; if it happens twice, set precision='nf4' and "
-            "checkpointing='on' in the recipe",
-        )
+            "checkpointing='on' in the recipe")
     return said
