@@ -8,5 +8,4 @@ from stakelib.models.shapes import config_of
 
 __all__ = [
     "MODELS", "Answer", "BaseModel", "Rendered", "base_model", "config_of", "engine", "find_model", "gguf_base",
-    "load_tokenizer", "load_weights", "nll", "preflight", "render", "row_nll", "stop_ids", "template",
-]  # fmt: skip
+    "load_tokenizer", "load_weights", "nll", "preflight", "render", "row_nll", "stop_ids", "template"]

@@ -30,9 +30,7 @@ class Answer:
     seconds: float
 
 
-def engine(
-    path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None
-) -> Any:
+def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
@@ -97,9 +95,8 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         del self.server
 
-    def ask(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[tuple[int, Answer]]:
+    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0,
+            seed: int = 0) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy."""
         settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
         pool = ThreadPoolExecutor(self.at_once)
@@ -150,9 +147,8 @@ class Transformers:
     def __exit__(self, *_: object) -> None:
         del self.model
 
-    def ask(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[tuple[int, Answer]]:
+    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0,
+            seed: int = 0) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer); only new tokens are decoded. Sampling is llama.cpp's job: temperature must be 0."""
         if temperature:
             raise CourseError("this engine is greedy", "use temperature 0, or the llama.cpp engine")
@@ -166,9 +162,8 @@ class Transformers:
         """The model, ready to be asked."""
         return load_weights(self.folder, self.adapter)
 
-    def generate(
-        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
-    ) -> Iterator[tuple[list[int], float]]:
+    def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
+                 max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
         """(new token ids, seconds) for each row of prompt ids, in order; what follows a stop token does not count."""
         import torch
 

@@ -119,9 +119,8 @@ class Mlx(Transformers):
         """The model, ready to be asked."""
         return load_mlx(self.folder, self.adapter)
 
-    def generate(
-        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
-    ) -> Iterator[tuple[list[int], float]]:
+    def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
+                 max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
         """(new token ids, seconds) for each row of prompt ids, in order; a stop token is the last."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step

@@ -23,8 +23,7 @@ from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = [
     "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "mlx_memory",
-    "mlx_place", "plan", "render_rows", "train", "what_fits",
-]  # fmt: skip
+    "mlx_place", "plan", "render_rows", "train", "what_fits"]
 
 BACKENDS = ("peft", "mlx")
 

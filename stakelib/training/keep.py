@@ -116,10 +116,8 @@ def row_order(rows: int, epochs: int, seed: int) -> list[int]:
     return [i for _ in range(epochs) for i in shuffle.sample(range(rows), rows)]
 
 
-def outcome(
-    history: list[dict[str, float]], best: tuple[int, float], seen: Sequence[Rendered], *, steps: int, begun: int,
-    end: int, trainable: int, seconds: float, per_step: int,
-) -> dict[str, Any]:  # fmt: skip
+def outcome(history: list[dict[str, float]], best: tuple[int, float], seen: Sequence[Rendered], *, steps: int,
+            begun: int, end: int, trainable: int, seconds: float, per_step: int) -> dict[str, Any]:
     """What a training tells of itself, with either back-end.
 
     `best`: (step, validation loss); `seen`: the rows learned, of this start and of those before; `begun`, `end`: the

@@ -74,9 +74,8 @@ def swap_gb() -> float:
     return psutil.swap_memory().used / 2**30
 
 
-def train_mlx(
-    base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
-) -> tuple[Callable[[Path], Any], dict[str, Any]]:
+def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
+              checkpoints: Path) -> tuple[Callable[[Path], Any], dict[str, Any]]:
     """As `train_peft`, with MLX in a process of its own: what crashes the graphics driver spares the notebook.
 
     The recipe's precision and checkpointing are decided before (`settle_mlx`). Every checkpoint is an adapter that

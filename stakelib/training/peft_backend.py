@@ -143,9 +143,8 @@ class Watch(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def train_peft(
-    base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
-) -> tuple[Any, dict[str, Any]]:
+def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
+               checkpoints: Path) -> tuple[Any, dict[str, Any]]:
     """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
 
     The recipe's precision and checkpointing are decided before (`settle`). Returns the peft model holding the best

@@ -118,10 +118,8 @@ class Plan:
     advice: str
 
 
-def plan(
-    model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None = None, *, valid: Rows = (), epochs: int = 1,
-    models: Sequence[str] = tuple(MODELS),
-) -> Plan:  # fmt: skip
+def plan(model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None = None, *, valid: Rows = (),
+         epochs: int = 1, models: Sequence[str] = tuple(MODELS)) -> Plan:
     """Peak memory and wall time of training `model` on `data` on this machine, and a table of what else would fit.
 
     `machine`: as `machine.describe()` gives it; its `ram_free_gb` decides what fits. Loads no weights. Raises
