@@ -1,10 +1,9 @@
 """Base models, chat rendering, engines that answer, and negative log-likelihood."""
 
-from stakelib.models.catalog import MODELS, BaseModel, base_model, find_model, gguf_base, preflight
+from stakelib.models.catalog import MODELS, BaseModel, base_model, config_of, find_model, gguf_base, preflight
 from stakelib.models.chat import Rendered, render, stop_ids, template
 from stakelib.models.engines import Answer, engine, load_tokenizer, load_weights
 from stakelib.models.likelihood import nll, row_nll
-from stakelib.models.shapes import config_of
 
 __all__ = [
     "MODELS", "Answer", "BaseModel", "Rendered", "base_model", "config_of", "engine", "find_model", "gguf_base",

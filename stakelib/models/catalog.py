@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -42,8 +43,9 @@ class BaseModel:
         return self.short or self.name
 
 
-MODELS = {name: BaseModel(name, **row) for name, row in yaml.safe_load(
-    Path(__file__).with_name("models.yaml").read_text(encoding="utf-8")).items()}  # fmt: skip
+_MODELS, SHAPES = (yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+                   for name in ("models.yaml", "shapes.yaml"))  # fmt: skip
+MODELS = {name: BaseModel(name, **row) for name, row in _MODELS.items()}
 
 
 def cache_folder() -> Path:
@@ -70,7 +72,10 @@ def base_model(name: str) -> BaseModel:
     if model.source == "folder":
         if packed := packed_by_mlx(model.folder):
             raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
-        _describe_folder(model)
+        source = model.folder / "source.json"  # written again whenever a weight file is newer
+        newest = max(f.stat().st_mtime_ns for f in model.folder.glob("*.safetensors"))
+        if not source.exists() or source.stat().st_mtime_ns < newest:
+            _describe(model, model.folder)
         return model
     folder = cache_folder() / "models" / model.name
     if not (folder / "source.json").exists():
@@ -82,18 +87,24 @@ def base_model(name: str) -> BaseModel:
     return replace(model, folder=folder)
 
 
+def config_of(name: str) -> Any:
+    """The transformers config of a model by its name, with or without "-it", or of a local folder; no download.
+
+    `dtype` is that of the weights as they lie on disk: bfloat16 from the hub, float32 as unpacked from a package.
+    """
+    from transformers import AutoConfig
+
+    shape = SHAPES.get(name.removesuffix("-it"))
+    if shape is None:  # the tiny model, or somebody's own folder
+        return AutoConfig.from_pretrained(base_model(name).folder, local_files_only=True)
+    unpacked = name in MODELS and MODELS[name].source == "package"
+    return AutoConfig.for_model(**shape, dtype="float32" if unpacked else "bfloat16")
+
+
 def _describe(model: BaseModel, folder: Path) -> None:
     """source.json: what lies in `folder`; later stages are made again when it changes."""
     weights = {f.name: sha256(f) for f in sorted(folder.glob("*.safetensors"))}
     atomic_write_json(folder / "source.json", {"model": model.name, "origin": model.origin, "sha256": weights})
-
-
-def _describe_folder(model: BaseModel) -> None:
-    """Likewise for somebody's own folder, again whenever a weight file is newer."""
-    source = model.folder / "source.json"
-    newest = max(f.stat().st_mtime_ns for f in model.folder.glob("*.safetensors"))
-    if not source.exists() or source.stat().st_mtime_ns < newest:
-        _describe(model, model.folder)
 
 
 def gguf_base(model: BaseModel, quantisation: str) -> Path:

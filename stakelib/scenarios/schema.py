@@ -128,6 +128,10 @@ class Milestone(_Part):
     curtailment: EnergyValue | None = None
     imports: EnergyValue | None = None
 
+    def at(self, place: str) -> Any:
+        """What stands at `place`, such as "investment.cumulative"; None where any part of it is unknown."""
+        return functools.reduce(lambda part, name: getattr(part, name, None), place.split("."), self)
+
 
 class Technologies(_Part):
     """Installed MW by technology; an unknown name is an error, because every share would be wrong without it."""

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import StrictUndefined, Template
+
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_tokenizer
 from stakelib.models.adapters import to_mlx
@@ -122,16 +124,8 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
     config["base_model_name_or_path"] = base.origin
     atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     to_mlx(folder, result["precision"] if result["backend"] == "mlx" else None)
-    lines = [
-        f"# stakeholder-{base.short_name}: a LoRA adapter that answers as nine energy stakeholders", "",
-        f"- Base model: {base.origin} (licence: {base.licence}; it also binds this adapter)",
-        f"- Trained on {result['rows']} synthetic dialogues made by rules, {result['learned_tokens']} learned tokens "
-        f"(train.jsonl, sha256 {result['data_sha256']})",
-        f"- Training loss {result['train_loss'][0][1]:.3f} at first, {result['train_loss'][-1][1]:.3f} at the end; "
-        f"validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']}, which is kept",
-        f"- Recipe '{recipe.name}': " + ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if k != "name"),
-        "- Precision of the frozen base: " + result["precision"],
-        "- Made on: {processor}, {cores} cores, {ram_gb} GB of memory, {system}; ".format_map(result)
-        + ", ".join(f"{library} {version}" for library, version in versions().items()), "",
-        "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others."]
-    atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")
+    card = Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"), undefined=StrictUndefined,
+                    keep_trailing_newline=True)
+    settings = {key: value for key, value in recipe.settings().items() if key != "name"}
+    text = card.render(**result, base=base, recipe=recipe.name, settings=settings, versions=versions())
+    atomic_write_text(folder / "README.md", text)
