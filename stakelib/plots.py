@@ -6,7 +6,6 @@ hollow circle and tuned a blue filled one, so that shape tells them apart withou
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -285,36 +285,30 @@ def fleet(scenario: Any) -> Any:
     return chart
 
 
+@cache
+def _html() -> Any:
+    """The macros of plots.html.j2: what they are given is escaped, and **headings** become bold."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    pages.filters["bold"] = lambda text: Markup(re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", str(escape(text))))
+    return pages.get_template("plots.html.j2").module
+
+
 def panel(texts: Mapping[str, str]) -> str:
     """HTML: one card per title with its text, escaped; line breaks are kept, and **headings** are bold."""
-    cards = ""
-    for title, text in texts.items():
-        shown = re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", html.escape(text.strip())) or "(nothing)"
-        cards += (f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
-                  f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
-                  f'<div style="white-space:pre-wrap;font-size:90%">{shown}</div></section>')  # fmt: skip
-    columns = "repeat(auto-fit,minmax(280px,1fr))"
-    return f'<div style="display:grid;grid-template-columns:{columns};gap:10px">{cards}</div>'
+    return str(_html().panel(texts))
 
 
 def side_by_side(asked: Sequence[Mapping[str, str]]) -> str:
     """HTML: each prompt, then the base model's answer beside the tuned one's."""
-    return "".join(
-        f'<details style="margin-top:12px"><summary>{html.escape(a["prompt"].strip().splitlines()[0])}</summary>'
-        f'<pre style="white-space:pre-wrap">{html.escape(a["prompt"])}</pre></details>'
-        + panel({"base": a["base"], "tuned": a["tuned"]}) for a in asked)  # fmt: skip
+    return str(_html().side_by_side(asked))
 
 
 def tokens_html(pieces: Sequence[str], mask: Sequence[int]) -> str:
     """The text of one row as tokens, those the model is trained on (mask 1) green and underlined; HTML is escaped."""
-    spans = []
-    for piece, trained in zip(pieces, mask, strict=True):
-        shown = html.escape(piece).replace("\n", "&#8629;\n")
-        style = "background:#cfeadf;border-bottom:2px solid #007a5a" if trained else "background:#eceef1"
-        spans.append(f'<span style="{style};color:#1b1f24;margin-right:1px;border-radius:2px">{shown}</span>')
-    key = f"{sum(map(bool, mask))} of {len(mask)} tokens are trained on (green, underlined); grey ones are only read."
-    text = f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
-    return f'<figure style="margin:0"><figcaption>{key}</figcaption>{text}</figure>'
+    return str(_html().tokens(list(zip(pieces, mask, strict=True)), sum(map(bool, mask))))
 
 
 def emissions_and_share(scenario: Any) -> Any:

@@ -22,13 +22,8 @@ MAX_COMPLETION, MAX_ROW = 400, 1536  # tokens
 MAX_WORDS = 200  # of an enhanced response: the tool's prompt asks for it
 NEAR, SHORT = 0.8, 60  # share of common runs of three words (Jaccard) that makes two texts one; runs in a short text
 COUNTS = {"Appreciates": (2, 4), "Concerns": (2, 4), "Questions": (3, 5), "Engagement Tips": (2, 3)}
-CONTROL = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:bos|eos|pad|unk|mask)>|<(?:start|end)_of_turn>|<unused\d+>|\[/?INST\]"
-                     r"|<</?SYS>>", re.I)
-BANNED = re.compile(r"\bLCOE\b|levelised cost|levelized cost|\btariffs?\b|\breserve margins?\b", re.I)
-# the tool throws a voice away that holds one of these: signs of an echoed prompt
-ECHO = re.compile(r'Voice:|Examples:|Scenario:|Response: "|Write your response now|Now respond to this scenario'
-                  r"|would respond", re.I)
 _TABLES = yaml.safe_load(files(__package__).joinpath("check.yaml").read_text(encoding="utf-8"))
+CONTROL, BANNED, ECHO = (re.compile(_TABLES[name], re.I) for name in ("control", "banned", "echo"))
 FUELS, ASKABLE, DECIDING = (_TABLES[name] for name in ("fuels", "askable", "deciding"))
 
 
@@ -220,11 +215,10 @@ def _duplicates(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
 
 def _leakage(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
     """A scenario in one split only; a test country in test only."""
-    splits: dict[str, set[str]] = {}
-    homes: dict[str, set[str]] = {}
+    splits, homes = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for row in rows:
-        splits.setdefault(row.scenario_id, set()).add(row.split)
-        homes.setdefault(row.country, set()).add(row.split)
+        splits[row.scenario_id].add(row.split)
+        homes[row.country].add(row.split)
     out = [(r, f"scenario in {sorted(splits[r.scenario_id])}") for r in rows if len(splits[r.scenario_id]) > 1]
     return out + [(r, f"test country also in {sorted(homes[r.country] - {'test'})}") for r in rows
                   if r.split == "test" and homes[r.country] != {"test"}]

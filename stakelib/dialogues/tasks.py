@@ -28,10 +28,6 @@ KEYS = ("initialReaction", "appreciation", "concerns", "questions", "engagementA
 BASE, END = "BASE RESPONSE TO ENHANCE:", "---END OF EXAMPLES---"
 TURNS = 40  # tries at an opening that cites a figure
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
-# a label of the tool's prompt -> ours; what stands elsewhere in its first line is the name
-TOOL_FIELDS = {"Name": "name", "Primary Concerns": "priorities", "Questions They Typically Ask": "questions",
-               "Country": "country", "Scenario": "scenario", "Renewable Share 2030": "share_2030",
-               "Renewable Share 2040": "share_2040", "Estimated Jobs (2030)": "jobs", "Emissions Reduction": "cut"}
 
 
 @functools.cache
@@ -50,14 +46,14 @@ def enhance_template(tool: Path | None = None) -> str:
         return texts()["enhance"].strip()
     sources = [p.read_text(encoding="utf-8") for p in sorted(Path(tool).rglob("*.ts")) if "node_modules" not in p.parts]
     literals = [t for s in sources for t in re.findall(r"`((?:[^`\\]|\\.)*)`", s)
-                if BASE in t and all(f"- {label}:" in t for label in TOOL_FIELDS)]
+                if BASE in t and all(f"- {label}:" in t for label in texts()["tool_fields"])]
     if len(literals) != 1:
         raise CourseError(f"{tool}: {len(literals)} enhance prompts found in its *.ts files, one is needed",
                           "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out.")
     lines, after = [], False
     for line in literals[0].strip().split("\n"):
         label = (re.match(r"\s*- ([^:]+):", line) or [None, ""])[1]
-        field = TOOL_FIELDS.get(label, "base" if after else "name")
+        field = texts()["tool_fields"].get(label, "base" if after else "name")
         parts = re.split(r"\$\{(?:[^{}]|\{[^{}]*\})*\}", line)
         lines.append(f"{{{field}}}".join(part.replace("{", "{{").replace("}", "}}") for part in parts))
         after = after or BASE in line

@@ -11,7 +11,6 @@ from stakelib.run import CourseError, atomic_write_json, writing
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MLX_FILES = ("adapter_config.json", "adapters.safetensors")
-_PEFT = "base_model.model.{}.lora_{}.weight"
 
 
 def to_mlx(adapter: Path, precision: str | None = None) -> Path:
@@ -62,7 +61,7 @@ def _other(name: str) -> str:
     if found := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name):
         return f"{found[1]}.lora_{found[2].lower()}"
     module, _, letter = name.rpartition(".lora_")
-    return _PEFT.format(module, letter.upper())
+    return f"base_model.model.{module}.lora_{letter.upper()}.weight"
 
 
 def check_adapter(folder: Path, base: Path | None = None) -> None:

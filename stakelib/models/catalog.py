@@ -16,6 +16,7 @@ import yaml
 
 from stakelib.machine import metal, require
 from stakelib.models.adapters import packed_by_mlx
+from stakelib.models.engines import load_config, quiet
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
 from stakelib.run import REPOSITORY, CourseError, Progress, atomic_write_json, sha256, sweep, writing
 
@@ -96,7 +97,7 @@ def config_of(name: str) -> Any:
 
     shape = SHAPES.get(name.removesuffix("-it"))
     if shape is None:  # the tiny model, or somebody's own folder
-        return AutoConfig.from_pretrained(base_model(name).folder, local_files_only=True)
+        return load_config(base_model(name).folder)
     unpacked = name in MODELS and MODELS[name].source == "package"
     return AutoConfig.for_model(**shape, dtype="float32" if unpacked else "bfloat16")
 
@@ -131,8 +132,6 @@ def preflight(name: str, folder: Path) -> BaseModel:
 
 
 def _make(model: BaseModel, folder: Path) -> None:
-    from stakelib.models.engines import quiet
-
     quiet()
     make_tiny(folder)
 
@@ -173,8 +172,6 @@ def _unpack(gguf: Path, folder: Path) -> None:
     """GGUF -> float32 safetensors + tokenizer + chat template (Gemma's turn format where the file brings none)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from stakelib.models.engines import quiet
 
     quiet()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -66,6 +66,13 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def load_config(folder: Path) -> Any:
+    """The transformers config of a model folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
 class LlamaCpp:
     """llama.cpp in this process, answering several prompts at once (continuous batching)."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template
 
 from stakelib import machine
-from stakelib.models import BaseModel, base_model, load_tokenizer
+from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
 from stakelib.models.adapters import to_mlx
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
 from stakelib.training.keep import as_begun
@@ -75,7 +75,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         def decide() -> list[str]:
             data = train_rows + valid_rows
             if backend == "mlx":
-                way, why = settle_mlx(base.name, _config(base), recipe, data, limit_gb())
+                way, why = settle_mlx(base.name, load_config(base.folder), recipe, data, limit_gb())
             else:
                 way, why = settle(run.profile.model, recipe, data, here["ram_free_gb"])
             return [way.precision, way.checkpointing, why]
@@ -105,12 +105,6 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
         discard(checkpoints())
     return result
-
-
-def _config(base: BaseModel) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base.folder, local_files_only=True)
 
 
 def _key(settings: dict[str, Any], files: list[Path]) -> str:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from stakelib import machine
-from stakelib.models import BaseModel, Rendered
+from stakelib.models import BaseModel, Rendered, load_config
 from stakelib.models.adapters import to_peft
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import REPOSITORY, CourseError, Progress, Run, atomic_write_json, atomic_write_text
@@ -81,15 +81,12 @@ def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered
     The recipe's precision and checkpointing are decided before (`settle_mlx`). Every checkpoint is an adapter that
     mlx-lm itself can load. Returns a function that writes the best one into a folder in PEFT's form, and the result.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     job = {
         "base": str(mlx_folder(base, recipe.precision).resolve()), "model": base.origin,
         "checkpoints": str(checkpoints.resolve()),
-        "recipe": replace(recipe, learning_rate=rate_for(config, recipe)).settings(),
+        "recipe": replace(recipe, learning_rate=rate_for(load_config(base.folder), recipe)).settings(),
         "train": [[r.ids, r.mask] for r in train], "valid": [[r.ids, r.mask] for r in valid],
         "names": [train[i].where for i in order], "steps": steps,
         "epochs": epochs, "every": max(1, steps // (epochs * recipe.validate_per_epoch))}
