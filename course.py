@@ -1,4 +1,4 @@
-"""The only launcher of the course: python3 course.py run | test | lab | doctor | pack | unpack   (any system).
+"""The only launcher of the course: python3 course.py run | test | lab | serve | doctor | pack | unpack  (any system).
 
 Standard library only. It makes .venv beside itself, installs the pinned libraries and starts itself again inside.
 The syntax is old and annotations are quoted on purpose: an old Python must read this file to say it is too old.
@@ -351,14 +351,15 @@ def doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def carry(options: argparse.Namespace) -> int:
-    """A run into one file or out of one, to take it to another machine; needs no set-up."""
-    return call([sys.executable, "-m", "stakelib.carry", options.command] + options.extra)
+def hand_over(options: argparse.Namespace) -> int:
+    """To the part that does it: `serve` answers the tool; pack and unpack, which need no set-up, carry a run."""
+    part = "stakelib.export.serve" if options.command == "serve" else "stakelib.carry"
+    return call([sys.executable, "-m", part, options.command] + options.extra)
 
 
 def parse(arguments: "list[str]") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="course.py", description="Set up, run, test or open the course.")
-    commands = parser.add_subparsers(dest="command", metavar="run | test | lab | doctor | pack | unpack", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     run = commands.add_parser("run", help="the whole course, headless, to a report")
     run.add_argument("--profile", default=os.environ.get("STAKE_PROFILE", "quick"), help="smoke, quick, report or full")
     run.add_argument("--model", help="a name from the README's table of models, or a local folder")
@@ -367,11 +368,12 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     test = commands.add_parser("test", help="the tests; further arguments go to pytest", allow_abbrev=False)
     test.add_argument("--all", action="store_true", help="also those that need real weights")
     commands.add_parser("lab", help="JupyterLab; further arguments go to it")
+    commands.add_parser("serve", help="the tuned model for the tool and a browser; --out, --port, --alias")
     commands.add_parser("doctor", help="what this machine is, what is missing")
     commands.add_parser("pack", help="a run folder (as in runs/quick) into one file")
     commands.add_parser("unpack", help="a packed run into runs/, or into a new folder that --out names")
     options, options.extra = parser.parse_known_args(arguments)
-    if options.extra and options.command not in ("test", "lab", "pack", "unpack"):
+    if options.extra and options.command not in ("test", "lab", "serve", "pack", "unpack"):
         parser.error("unknown: {}".format(" ".join(options.extra)))
     return options
 
@@ -382,8 +384,8 @@ def main(arguments: "list[str]") -> int:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page must not end a run
         options = parse(arguments)
-        work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}.get(options.command, carry)
-        if work in (doctor, carry) or PARENT in os.environ:
+        work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}.get(options.command, hand_over)
+        if options.command in ("doctor", "pack", "unpack") or PARENT in os.environ:
             return work(options)
         return call([environment(), str(ROOT / "course.py")] + arguments, **{PARENT: str(os.getpid())})
     except Stop as problem:

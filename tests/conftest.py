@@ -64,3 +64,23 @@ def tokenizer(tiny_cache: Path) -> Any:
     from stakelib.models import load_tokenizer
 
     return load_tokenizer(tiny_cache / "models" / "tiny-gemma")
+
+
+@pytest.fixture(scope="session")
+def made(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A trained and exported tiny model, see exported.py; nobody changes it."""
+    from exported import make
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAKE_CACHE", str(tiny_cache))
+        patch.setenv("PATH", "")  # no llama-quantize of this machine's own
+        return make(tiny_cache / "models" / "tiny-gemma", tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture()
+def copied(made: Any, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """That run once more, to be spoiled."""
+    from exported import copy
+
+    monkeypatch.setenv("STAKE_CACHE", str(tiny_cache))
+    return copy(made, tmp_path)

@@ -6,6 +6,7 @@ Pictures of what a person sees go to $STAKE_SHOTS if that is set.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -127,6 +128,43 @@ def test_report_opens_from_disk_and_loads_nothing(chromium, lab: tuple[str, Path
     assert page.locator("h1").count() == 1 and page.locator("img, svg").count() >= 2
     shot(page, "report-phone")
     page.close()
+
+
+def test_the_page_answers_for_two_stakeholders_without_a_network(chromium, lab: tuple[str, Path]) -> None:
+    """The page that notebook 08 made of the tiny model: what it says is noise, but it must say it token by token."""
+    from playwright.sync_api import expect
+
+    from stakelib.export.serve import serving
+    from stakelib.models import base_model
+
+    run = lab[1] / "smoke"
+    assert (run / "page" / "prompts.json").exists(), "notebook 08 leaves it; its first start needs a network"
+    gguf = run / "models" / "stakeholder-tiny-gemma-q8.gguf"
+    with serving(gguf, base_model("tiny-gemma").folder, page=run / "page") as address:
+        context = chromium.new_context(viewport={"width": 375, "height": 900})
+        page, loads, said = context.new_page(), [], set()
+        page.on("request", lambda request: loads.append(request.url))
+        page.goto(address)
+        expect(page.locator("#status")).to_have_text(re.compile("^Ready"), timeout=60_000)
+        assert page.evaluate("crossOriginIsolated")
+        for number, name in enumerate(("Finance", "Public")):
+            choice = next(o for o in page.locator("#stakeholder option").all_inner_texts() if name in o)
+            page.get_by_label("Stakeholder").select_option(choice)
+            assert choice in page.locator("#prompt").text_content()
+            page.evaluate("seen = []; new MutationObserver(() => seen.push(document.getElementById('answer')"
+                          ".textContent.length)).observe(document.getElementById('answer'), {childList: true})")
+            page.get_by_role("button", name="Ask").click()
+            expect(page.locator("#status")).to_have_text(re.compile("^Done"), timeout=120_000)
+            assert len(page.evaluate("[...new Set(seen)]")) > 3, "tokens come in one by one"
+            said.add(page.locator("#answer").text_content())
+            if number == 0:
+                context.set_offline(True)  # the model is there now: not even its own address is needed
+        assert len(page.locator("#answer *").all()) == 0, "text, never markup"
+        outside = [url for url in loads if not url.startswith((address, f"blob:{address}"))]
+        assert outside == [] and all(said)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375, "wider than a phone"
+        shot(page, "08-page-phone")
+        context.close()
 
 
 def open_and_run(page: object, address: str, name: str) -> None:

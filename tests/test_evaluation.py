@@ -240,7 +240,9 @@ def coverage(interval, rate: float, groups: int = 40, worlds: int = 400) -> floa
     return hits / worlds
 
 
-@pytest.mark.parametrize(("rate", "groups"), [(0.5, 40), (0.9, 40), (0.5, 5), (0.9, 11)])
+@pytest.mark.parametrize(
+    ("rate", "groups"), [(0.5, 40), (0.9, 40), (0.98, 40), (0.5, 5), (0.9, 5), (0.9, 11), (0.98, 11)]
+)
 def test_intervals_cover_the_truth_for_clustered_answers(rate: float, groups: int) -> None:
     assert coverage(clustered_wilson, rate, groups) >= 0.93
 

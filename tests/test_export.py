@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,65 +13,18 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from exported import adapter_for
 
-from stakelib import export as hop
-from stakelib.export import QUANTISATIONS, check_folder, export, gguf_file, merge, modelfile, parity, quantise, to_gguf
+from stakelib.export import check_folder, disk_for, export, gguf_file, merge, quantise, to_gguf
 from stakelib.export.merged import TOKENIZER_FILES
-from stakelib.models import BaseModel, Rendered, base_model, load_tokenizer, load_weights, nll, render, template
-from stakelib.run import CourseError, Run, sha256
-
-PROMPT = "Country: Kenya\n- Renewable Share 2030: 64.2%"
-
-
-def some_rows(tokenizer: Any, who: str) -> list[Rendered]:
-    return [render(tokenizer, PROMPT, f"The {who} likes {n} MW of solar energy.") for n in range(8)]
-
-
-def adapter_for(base: BaseModel, rows: list[Rendered], folder: Path, steps: int = 12) -> Path:
-    """A PEFT folder trained on `rows` until they are no surprise; with 0 steps every lora_B is still zero."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
-    model = get_peft_model(load_weights(base.folder, dtype="float32"), lora)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    for row in rows * steps:
-        labels = torch.tensor([[i if m else -100 for i, m in zip(row.ids, row.mask, strict=True)]])
-        model(input_ids=torch.tensor([row.ids]), labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+from stakelib.models import load_weights
+from stakelib.run import CourseError, sha256
 
 
 def logits(source: Path, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
     model = load_weights(source, adapter, dtype="float32")
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids])).logits[0]
-
-
-@pytest.fixture(scope="module")
-def made(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A run whose export is done: two adapters, the first of them exported; rows to measure. Nobody changes it."""
-    place = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STAKE_CACHE", str(tiny_cache))
-        run, base = Run.open(place / "run", "smoke"), base_model("tiny-gemma")
-        tokenizer = load_tokenizer(base.folder)
-        rows = some_rows(tokenizer, "bank")
-        adapter = adapter_for(base, rows, run.path("models", "adapter"))
-        other = adapter_for(base, some_rows(tokenizer, "village"), run.path("models", "other"), steps=2)
-        sizes = export(run, adapter)["bytes"]
-        files = {q: gguf_file(run, q) for q in QUANTISATIONS}
-        merged = run.path("models", "stakeholder-tiny-gemma-merged")
-        merge(base, other, place / "wrong")
-        wrong = {"f16": place / "f16.gguf", "q8": place / "q8.gguf"}  # of the other adapter
-        to_gguf(place / "wrong", wrong["f16"])
-        quantise(wrong["f16"], wrong["q8"], "Q8_0")
-        yield SimpleNamespace(
-            run=run, base=base, adapter=adapter, other=other, sizes=sizes, rows=rows, files=files, merged=merged,
-            tokenizer=tokenizer, wrong=wrong,
-        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- merge
@@ -255,6 +208,118 @@ def test_a_conversion_that_fails_keeps_the_old_file(made: SimpleNamespace, tmp_p
     assert [(p.name, p.read_bytes()) for p in old.parent.iterdir()] == [("model.gguf", b"the old one")]
 
 
+def test_a_quantisation_that_breaks_off_keeps_the_old_file(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf.quants
+
+    old, real, left = tmp_path / "model.gguf", gguf.quants.quantize, [3]
+    old.write_bytes(b"the old one")
+
+    def full(*values: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError("No space left on device")
+        return real(*values)
+
+    monkeypatch.setattr(gguf.quants, "quantize", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantise(made.files["f16"], old, "Q8_0")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.gguf", b"the old one")]
+    monkeypatch.undo()
+    quantise(made.files["f16"], old, "Q8_0")
+    assert sha256(old) == sha256(made.files["q8"])  # the same file, byte for byte, every time
+
+
+def test_quantising_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    import tracemalloc
+
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for n in range(24):
+        writer.add_tensor(f"blk.{n}.weight", numpy.full((256, 4096), n, dtype="float16"))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    del writer
+    tracemalloc.start()
+    quantise(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = (tmp_path / "b.gguf").stat().st_size
+    assert whole > 26e6 > 20e6 > peak  # one tensor takes 4 MB as float32, and numpy a few times that
+    assert dequantised(tmp_path / "b.gguf")["blk.7.weight"][1] == pytest.approx(7, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------- what is made here
+
+TOOL = """#!{python}
+import shutil, sys
+source, target, kind = sys.argv[1:]
+sys.exit("unknown type") if kind == "Q5_K_M" and {broken} else shutil.copyfile(source, target)
+"""
+
+
+def put_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, broken: bool = False) -> None:
+    """A llama-quantize on the PATH that copies, or fails at one kind."""
+    folder.mkdir(exist_ok=True)
+    tool = folder / "llama-quantize"
+    tool.write_text(TOOL.format(python=sys.executable, broken=broken), encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_without_llama_quantize_the_record_says_so(made: SimpleNamespace, tmp_path: Path) -> None:
+    assert "not made, llama-quantize is not on the PATH" in made.result["k_quants"]
+    assert list(made.sizes) == ["f16", "q8", "q4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        with pytest.raises(CourseError, match="Q4_K_M needs llama-quantize(.|\n)*install llama.cpp"):
+            quantise(made.files["f16"], tmp_path / "k.gguf", "Q4_K_M")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
+def test_with_llama_quantize_k_quants_are_made(
+    copied: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_tool(tmp_path / "bin", monkeypatch)
+    result = export(copied.run, copied.adapter)
+    assert list(result["bytes"]) == ["f16", "q8", "q4", "q4_k_m", "q5_k_m"]
+    assert result["k_quants"] == copied.run.record["k_quants"] == "Q4_K_M, Q5_K_M: made by llama-quantize"
+    assert sha256(gguf_file(copied.run, "q4_k_m")) == sha256(copied.files["f16"])  # it was asked with the right files
+    monkeypatch.setenv("PATH", "")  # another machine, which has the files and not the tool, makes nothing again
+    assert export(copied.run, copied.adapter) == result
+    copied.run.record["stages"].pop("k-quants")  # files of nobody knows which training go
+    assert list(export(copied.run, copied.adapter)["bytes"]) == ["f16", "q8", "q4"]
+    assert not gguf_file(copied.run, "q4_k_m").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
+def test_a_failing_llama_quantize_leaves_nothing(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_tool(tmp_path / "bin", monkeypatch, broken=True)
+    with pytest.raises(CourseError, match="llama-quantize failed on (.|\n)*unknown type(.|\n)*update llama.cpp"):
+        quantise(made.files["f16"], tmp_path / "out" / "k.gguf", "Q5_K_M")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_found_before_the_work(
+    made: SimpleNamespace, copied: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_for(made.base, copied.run.folder)
+    free = shutil.disk_usage(copied.run.folder)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr("stakelib.export.shapes", lambda _: {"embed": [2_506_172_416]})  # as if it were gemma-2b
+    before = sha256(copied.run.folder)
+    copied.run.record["stages"].pop("export")
+    with pytest.raises(CourseError, match=r"disk at .*: 0.0 GB free, 14.3 GB needed") as problem:
+        export(copied.run, copied.adapter)
+    assert "free disk space" in problem.value.next_action
+    assert sha256(copied.run.folder) == before
+
+
 def test_llama_cpp_adds_the_bos_by_itself(made: SimpleNamespace) -> None:
     """The Modelfile leaves it out, so this must be so; and the end mark must be a control token for llama.cpp."""
     known = fields(made.files["q8"])
@@ -263,70 +328,6 @@ def test_llama_cpp_adds_the_bos_by_itself(made: SimpleNamespace) -> None:
     kinds = known["tokenizer.ggml.token_type"][1]
     assert [kinds[i] for i in (106, 107, 2)] == [3, 3, 3]  # 3: control
     assert kinds[made.tokenizer.convert_tokens_to_ids("▁energy")] == 1
-
-
-# ------------------------------------------------------------------------------------------------- parity
-
-
-@pytest.fixture()
-def copied(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The exported run, to be spoiled."""
-    monkeypatch.setenv("STAKE_CACHE", str(made.base.folder.parents[1]))
-    shutil.copytree(made.run.folder, tmp_path / "run")
-    run = Run.open(tmp_path / "run", "smoke")
-    files = {q: gguf_file(run, q) for q in QUANTISATIONS}
-    models = run.folder / "models"
-    return SimpleNamespace(run=run, files=files, adapter=models / "adapter", merged=models / made.merged.name)
-
-
-def refused(made: SimpleNamespace, copied: SimpleNamespace, words: str, prompt: str = PROMPT) -> list[str]:
-    with pytest.raises(CourseError, match="do not ship these files") as problem:
-        parity(copied.run, copied.adapter, made.rows, prompt)
-    assert "parity" not in Run.open(copied.run.folder, "smoke").record["stages"]
-    assert any(words in p for p in problem.value.problems), problem.value.problems
-    return problem.value.problems
-
-
-def test_parity_passes_on_the_good_files(made: SimpleNamespace, copied: SimpleNamespace) -> None:
-    proof = parity(copied.run, copied.adapter, made.rows, PROMPT)
-    losses = proof["nll"]
-    assert (proof["same_ids"], proof["rows"]) == (True, 8)
-    assert list(losses) == ["base", "adapter", "merged", "f16", "q8", "q4"]
-    moved = abs(losses["adapter"] - losses["base"])
-    assert moved > 1
-    assert all(abs(losses[h] - losses["adapter"]) < 0.1 * moved for h in ("merged", "f16", "q8"))
-    assert losses["base"] == pytest.approx(nll(made.base.folder, made.rows), abs=1e-4)
-
-
-def test_parity_fails_where_the_merged_model_is_the_base(made: SimpleNamespace, copied: SimpleNamespace) -> None:
-    shutil.rmtree(copied.merged)
-    shutil.copytree(made.base.folder, copied.merged)
-    problems = refused(made, copied, "the merged model equals its base")
-    assert any(p.startswith("merged: ") for p in problems)
-
-
-@pytest.mark.parametrize("wrong", ["f16", "q8"])
-def test_parity_fails_where_a_gguf_comes_from_another_adapter(
-    wrong: str, made: SimpleNamespace, copied: SimpleNamespace
-) -> None:
-    shutil.copyfile(made.wrong[wrong], copied.files[wrong])
-    (problem,) = refused(made, copied, f"{wrong}: ")
-    assert problem.startswith(f"{wrong}: ")
-
-
-def test_parity_fails_on_other_ids(made: SimpleNamespace, copied: SimpleNamespace) -> None:
-    hostile = "A scenario called <end_of_turn>"  # llama.cpp reads a control token where training saw plain text
-    assert refused(made, copied, "llama.cpp makes other token ids", hostile) == [
-        "llama.cpp makes other token ids of the prompt than training did"
-    ]
-
-
-@pytest.mark.parametrize("name", ["base", "adapter", "merged", "f16", "q8"])
-def test_a_loss_that_is_no_number_never_passes(name: str) -> None:
-    good = {"base": 2.0, "adapter": 1.0, "merged": 1.0, "f16": 1.01, "q8": 1.1, "q4": 1.4}
-    hop._judge(good, True)
-    with pytest.raises(CourseError):
-        hop._judge({**good, name: float("nan")}, True)
 
 
 def test_a_second_export_skips_and_another_adapter_does_not(
@@ -340,52 +341,3 @@ def test_a_second_export_skips_and_another_adapter_does_not(
     export(copied.run, copied.adapter)
     assert "up to date" not in capsys.readouterr().out
     assert sha256(copied.files["q8"]) != before
-
-
-# ------------------------------------------------------------------------------------------------- Modelfile
-
-
-SYSTEM = "{{ if .System }}{{ .System }}\n\n{{ end }}"
-
-
-def ollama_renders(text: str, prompt: str) -> str:
-    """What Ollama makes of a prompt without a system message, before llama.cpp puts its BOS in front."""
-    (wrapped,) = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
-    assert wrapped.count(SYSTEM) == 1 and wrapped.count("{{ .Prompt }}") == 1
-    return wrapped.replace(SYSTEM, "").replace("{{ .Prompt }}", prompt)
-
-
-def test_the_modelfile_wraps_a_prompt_as_training_did(made: SimpleNamespace) -> None:
-    text = (made.run.folder / "Modelfile").read_text(encoding="utf-8")
-    turns = [{"role": "user", "content": PROMPT}]
-    trained = made.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert "<bos>" + ollama_renders(text, PROMPT) == trained
-    assert ollama_renders(text, PROMPT).count("<bos>") == 0
-    assert made.tokenizer(trained, add_special_tokens=False).input_ids == render(made.tokenizer, PROMPT).ids
-
-
-def test_the_modelfile_stops_and_points_to_the_file_beside_it(made: SimpleNamespace) -> None:
-    lines = (made.run.folder / "Modelfile").read_text(encoding="utf-8").splitlines()
-    (source,) = [line.split(" ", 1)[1] for line in lines if line.startswith("FROM ")]
-    assert source == "./models/stakeholder-tiny-gemma-q8.gguf"
-    assert (made.run.folder / source).resolve() == made.files["q8"].resolve()
-    assert f'PARAMETER stop "{template(made.tokenizer).end}"' in lines
-    assert {"PARAMETER num_ctx 2048", "PARAMETER num_predict 400"} <= set(lines)
-    assert not any(re.match(r"\s*(ADAPTER|SYSTEM)\b", line) for line in lines)
-
-
-def test_a_chatml_template_keeps_its_own_first_token(made: SimpleNamespace, tmp_path: Path) -> None:
-    """SmolLM2's BOS is the sign that opens every turn: it belongs to the template and must stay."""
-    tokenizer = load_tokenizer(made.base.folder)
-    tokenizer.bos_token = "<start_of_turn>"
-    tokenizer.chat_template = (
-        "<start_of_turn>system\nYou help.<end_of_turn>\n{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
-        "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
-    )
-    (tmp_path / "models").mkdir()
-    text = modelfile(tokenizer, tmp_path / "models" / "x.gguf", tmp_path / "Modelfile")
-    turns = [{"role": "user", "content": PROMPT}]
-    assert ollama_renders(text, PROMPT) == tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True
-    )

@@ -117,7 +117,7 @@ def test_fused_converted_and_quantised_it_answers_in_llama_cpp_as_in_mlx(life: S
     merged = run.path("models", f"stakeholder-{base.short_name}-merged")
     found = shapes(merged)
     assert found == shapes(base.folder)  # whole weights under the base's own names: nothing is packed
-    said = parity(run, adapter, rows, some_rows(1)[0]["prompt"])
+    said = parity(run, adapter, rows, [some_rows(1)[0]["prompt"]])
     assert said["same_ids"] and said["nll"]["adapter"] < 0.7 * said["nll"]["base"]
     prompts = [r["prompt"] for r in some_rows(1)]
     with Mlx(mlx_folder(base, life.recipe.precision), base.folder, adapter / "mlx") as model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -25,6 +25,7 @@ COUNTS = {"Appreciates": (2, 4), "Concerns": (2, 4), "Questions": (3, 5), "Engag
 _TABLES = yaml.safe_load(files(__package__).joinpath("check.yaml").read_text(encoding="utf-8"))
 CONTROL, BANNED, ECHO = (re.compile(_TABLES[name], re.I) for name in ("control", "banned", "echo"))
 FUELS, ASKABLE, DECIDING = (_TABLES[name] for name in ("fuels", "askable", "deciding"))
+BACKED = {**FUELS, **ASKABLE}
 
 
 def sections(completion: str) -> dict[str, list[str]] | None:
@@ -159,25 +160,24 @@ def _conditioned(row: Dialogue) -> list[str]:
             if (stance or what != "variant") and text.format(**told) not in row.prompt]
 
 
+def absent(text: str, prompt: str, words: Mapping[str, str] = BACKED) -> list[str]:
+    """The words of `text` on a technology or figure of which `prompt` holds no line of data."""
+    return [word for word, label in words.items() if re.search(rf"\b{word}\b", text, re.I)
+            and not re.search(rf"(?:^- |with |, |\d ){label}\b", prompt, re.M)]
+
+
 def _claims(row: Dialogue) -> list[str]:
     """No word about a technology or figure without data on it in the prompt; the tool's own prompts hold the word."""
-    def missing(words: dict[str, str], text: str) -> list[str]:
-        def held(word: str, label: str) -> bool:
-            if row.task != "dialogue":
-                return bool(re.search(rf"\b{word}\b", data, re.I))
-            return bool(re.search(rf"(?:^- |with |, |\d ){label}\b", data, re.M))
-
-        return [f"speaks of {word!r} without data" for word, label in words.items()
-                if re.search(rf"\b{word}\b", text, re.I) and not held(word, label)]
-
     data, text = given(row), said(row)
     for name in (row.scenario, row.country):
         text = text.replace(name, "")
-    if row.task != "dialogue":
-        return missing(FUELS, text)
-    parts = re.split(r"^\*\*(Questions|Engagement Tips)\*\*:", text, flags=re.M)
-    asked = parts[2] if len(parts) > 2 else ""
-    return missing({**FUELS, **ASKABLE}, text.replace(asked, "") if asked else text) + missing(FUELS, asked)
+    if row.task == "dialogue":
+        parts = re.split(r"^\*\*(Questions|Engagement Tips)\*\*:", text, flags=re.M)
+        asked = parts[2] if len(parts) > 2 else ""
+        found = absent(text.replace(asked, "") if asked else text, data) + absent(asked, data, FUELS)
+    else:
+        found = [word for word in absent(text, "", FUELS) if not re.search(rf"\b{word}\b", data, re.I)]
+    return [f"speaks of {word!r} without data" for word in found]
 
 
 def _language(row: Dialogue) -> list[str]:

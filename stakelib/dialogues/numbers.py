@@ -6,6 +6,7 @@ as not grounded. Idioms (24/7), names (SDG 7, N-1, CO2), list numbering and bare
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -47,6 +48,10 @@ TALK = re.compile(r"\s+(?:\w+\s)?(?:main|key|big|points?|things?|concerns?|quest
                   re.I)
 HEDGE = re.compile(r"\b(?:about|around|roughly|nearly|almost|some|over|approximately|close to|just under|more than)"
                    r"\s+\$?$", re.I)
+
+CHANGE = re.compile(r"\b(?:ris\w+|rose|increas\w+|gr[oe]w\w*|gain\w*|climb\w*|jump\w*|up|more|extra|additional|"
+                    r"f[ae]ll\w*|drop\w*|declin\w+|decreas\w+|reduc\w+|down|less|fewer|difference|change\w*|points)\b",
+                    re.I)
 
 _UNITS: list[tuple[str, str, float]] = [  # pattern, unit, factor to it
     (r"%|percent|per cent|points?", "%", 1), (r"kWh?$|kilowatt", "MW", 1e-3), (r"GWh|gigawatt[- ]hour", "GWh", 1),
@@ -110,6 +115,11 @@ class Miss:
 
 def mentions(text: str) -> list[Mention]:
     """Every figure of `text`, digits or words, in order; see the module docstring for what is no figure."""
+    return list(_mentions(text))
+
+
+@functools.lru_cache(2048)
+def _mentions(text: str) -> tuple[Mention, ...]:
     masked = NOT_FIGURES.sub(lambda m: "_" * len(m.group()), text)
     years = [(m.start(), m.end(), int(m.group()[:4])) for m in YEAR.finditer(masked)]
     free = YEAR.sub(lambda m: "_" * len(m.group()), masked)
@@ -119,7 +129,7 @@ def mentions(text: str) -> list[Mention]:
               if not re.match(r"\s*(?:-|hour|year|day|way|time)", free[m.end():m.end() + 6])]
     found += [Mention(0.0, "times", None, None, m.start(), m.end(), m.group()) for m in TIMES.finditer(free)]
     found = _inherit(_no_overlap([_rated(m, free) for m in found]), free)
-    return [_placed(m, found, years, masked) for m in found]
+    return tuple(_placed(m, found, years, masked) for m in found)
 
 
 def _digits(match: re.Match[str]) -> Mention | None:
@@ -258,11 +268,27 @@ def without_names(text: str, prompt: str) -> str:
     return text
 
 
-def ungrounded(text: str, prompt: str) -> list[Miss]:
+def ungrounded(text: str, prompt: str, derived: bool = False) -> list[Miss]:
     """The mentions of `text` that `prompt` does not hold with the same value (rounding as printed allowed), unit,
-    and, where both state them, metric and year."""
+    and, where both state them, metric and year. `derived`: after a word of change, the difference, or change in
+    percent, of one metric's figures in two years counts as held too; training rows do no sums, so the gate is strict.
+    """
     held = mentions(without_names(prompt, prompt))
-    return [miss for m in mentions(without_names(text, prompt)) if (miss := _miss(m, held))]
+    plain = without_names(text, prompt)
+    misses = [miss for m in mentions(plain) if (miss := _miss(m, held))]
+    sums = _changes(held) if derived and misses else []
+    return [m for m in misses if not (CHANGE.search(plain, max(0, m.mention.start - 40), m.mention.end + 12)
+                                      and any(s.unit == m.mention.unit and abs(s.value - m.mention.value)
+                                              <= max(m.mention.step, s.step) * 1.000001 for s in sums))]
+
+
+def _changes(held: list[Mention]) -> list[Mention]:
+    """Difference and change in percent between two years of the same metric."""
+    pairs = [(a, b) for a in held for b in held if a.metric and (a.metric, a.unit) == (b.metric, b.unit)
+             and None not in (a.year, b.year) and a.year < b.year]
+    differences = [replace(b, value=abs(b.value - a.value)) for a, b in pairs]
+    return differences + [replace(b, value=abs(100 * (b.value / a.value - 1)), unit="%", step=0.05)
+                          for a, b in pairs if a.value]
 
 
 def _miss(mention: Mention, held: list[Mention]) -> Miss | None:

@@ -1,12 +1,43 @@
-"""Stage evaluation: ask base and tuned the same held-out prompts, measure each answer, compare, report."""
+"""Stage evaluation: ask base, tuned and their rivals the same held-out prompts, measure each answer, compare."""
 
 from stakelib.evaluation.answers import answers
-from stakelib.evaluation.asking import ask, ask_guide_prompts, held_out, nine_voices
-from stakelib.evaluation.measures import MEASURES, score
+from stakelib.evaluation.asking import (
+    SYSTEMS,
+    ask,
+    ask_guide_prompts,
+    compare_runs,
+    general,
+    held_out,
+    nine_voices,
+    prompted,
+    report_prompts,
+    reworded,
+    voices_heard,
+)
+from stakelib.evaluation.measures import MEASURES, confusion, score
 from stakelib.evaluation.report import report
-from stakelib.evaluation.statistics import by_stakeholder, compare, smallest_visible_difference, wilson
+from stakelib.evaluation.statistics import (
+    alpha,
+    by_stakeholder,
+    compare,
+    gate,
+    smallest_visible_difference,
+    wilson,
+    win_rates,
+)
+from stakelib.evaluation.tool import (
+    accepted_share,
+    ask_as_tool,
+    laid_over,
+    tool_patch,
+    tool_requests,
+    try_in_tool,
+    waiting,
+)
 
 __all__ = [
-    "MEASURES", "answers", "ask", "ask_guide_prompts", "held_out", "nine_voices",
-    "by_stakeholder", "compare", "report", "score", "smallest_visible_difference", "wilson",
+    "MEASURES", "SYSTEMS", "accepted_share", "alpha", "answers", "ask", "ask_as_tool", "ask_guide_prompts",
+    "by_stakeholder", "compare", "compare_runs", "confusion", "gate", "general", "held_out", "laid_over",
+    "nine_voices", "prompted", "report", "report_prompts", "reworded", "score", "smallest_visible_difference",
+    "tool_patch", "tool_requests", "try_in_tool", "voices_heard", "waiting", "wilson", "win_rates",
 ]  # fmt: skip

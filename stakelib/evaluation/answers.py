@@ -22,6 +22,7 @@ def answers(
     max_new_tokens: int = 400,
     temperature: float = 0.0,
     seed: int = 0,
+    top_p: float = 1.0,
     progress: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Answer every row's prompt with the GGUF at `gguf_path`; return one dict per row, in the order of `rows`.
@@ -33,6 +34,7 @@ def answers(
     gguf_path = Path(gguf_path)
     file = run.path("evaluation", f"answers-{system}.jsonl")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings |= {"top_p": top_p} if temperature else {}  # greedy has none
     made_with = json.dumps([sha256(gguf_path), settings], sort_keys=True)
     keys = [hashlib.sha256(f"{made_with}\n{row['prompt']}".encode()).hexdigest() for row in rows]
     saved = _saved(file)

@@ -5,9 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from stakelib.dialogues.check import ECHO
+from stakelib.dialogues.classifier import heard
 from stakelib.dialogues.numbers import mentions, ungrounded
+from stakelib.evaluation.words import (
+    agreement,
+    distinct_pairs,
+    perplexity,
+    priorities,
+    reading_ease,
+    unfounded,
+    wrong_way,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,54 +29,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measure:
-    """`kind`: yes/no, share (0-1) or number. `direction`: which way is better; "none" is shown but not judged."""
+    """`kind`: yes/no, share (0-1) or number. `direction`: which way is better; "none" is shown but not judged.
+
+    `source`: where the measure, or what it looks for, comes from.
+    """
 
     label: str
     kind: str
     unit: str
     direction: str
     definition: str
+    source: str
     blind_spot: str
 
 
-MEASURES: dict[str, Measure] = {
-    "has_sections": Measure(
-        "All five sections", "yes/no", "% of answers", "higher",
-        "The five headings of the guide, each once, in order, none empty.",
-        "Says nothing about what the sections say."),
-    "items_ok": Measure(
-        "Right number of points", "yes/no", "% of answers", "higher",
-        "Appreciates 2-4, Concerns 2-4, Questions 3-5, Engagement Tips 2-3 bullet points.",
-        "Two bullets that say the same count as two."),
-    "stopped": Measure(
-        "Stopping by itself", "yes/no", "% of answers", "higher",
-        "The model ended its turn before the token limit, with some text.", "A one-word answer stops too."),
-    "cites_three": Measure(
-        "Three or more scenario figures", "yes/no", "% of answers", "higher",
-        "At least three different figures that stand in the prompt; all, where it holds fewer.",
-        "Figures may be listed without being discussed."),
-    "grounded_share": Measure(
-        "Correctness of figures", "share", "% of figures, mean over answers", "higher",
-        "Share of an answer's figures found in its prompt with value, unit and, where stated, metric and year; "
-        "an answer without any figure counts as 0.",
-        "A right figure in a wrong argument passes; so do wrong words for it."),
-    "copied_prompt": Measure(
-        "Copying of the prompt", "yes/no", "% of answers", "lower",
-        "Repeats a whole prompt line of 8 or more words, or three lines of 3 or more.",
-        "A copy with one changed word is not seen; an empty answer copies nothing."),
-    "repeated": Measure(
-        "Repetition", "share", "% of 4-word runs", "lower",
-        "Share of runs of four words that occurred before in the answer; under four words counts as 100 %.",
-        "The same thought in other words is not seen."),
-    "words": Measure(
-        "Length", "number", "words", "none", "Words in the answer.", "Longer is not better."),
-    "new_tokens": Measure(
-        "Tokens written", "number", "tokens", "none", "Tokens the model generated.", "Depends on the tokenizer."),
-    "tokens_per_second": Measure(
-        "Writing speed", "number", "tokens/s per answer", "none", "New tokens divided by the seconds of this answer.",
-        "Depends on the machine, on what else it does, and on how many answers were written at once."),
-}  # fmt: skip
+def _read() -> dict[str, Measure]:
+    text = files(__package__).joinpath("measures.yaml").read_text(encoding="utf-8")
+    return {name: Measure(**about) for name, about in yaml.safe_load(text).items()}
 
+
+MEASURES = _read()  # measures.yaml: each with its unit, direction, source and blind spot
 ITEMS = {"Appreciates": (2, 4), "Concerns": (2, 4), "Questions": (3, 5), "Engagement Tips": (2, 3)}
 HEADINGS = ["Initial Reaction", *ITEMS]
 _NAMES = "|".join(HEADINGS)
@@ -104,24 +90,39 @@ def _named(mention: Any) -> str | None:
 
 
 def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-    """All measures of one answer. `invented` lists each figure the prompt does not hold, with the nearest it does."""
+    """All measures of one answer; None for those that need more than it (`score` fills them in, where it can).
+
+    `invented`: each figure the prompt does not hold, with the nearest it does; `claims`: words on what it has no data
+    on; `wrong_way`: phrases that call a rise a fall or the other way round.
+    """
     text, prompt = answer["text"], row["prompt"]
-    parts, told = sections(text), mentions(text)
+    parts, told, some = sections(text), mentions(text), bool(text.strip())
     bodies = dict(parts)
-    misses = ungrounded(text, prompt)
+    misses = ungrounded(text, prompt, derived=True)
     wrong = {miss.mention.start for miss in misses}
     right = [m for m in told if m.start not in wrong]
     items = {name: len(_ITEM.findall(bodies.get(name, ""))) for name in ITEMS}
+    claims, turned = unfounded(text, prompt), wrong_way(text, prompt)
+    facts = different(right) + sum(row[name] in text for name in ("country", "scenario"))
     return {
+        **dict.fromkeys(MEASURES),
         "has_sections": [name for name, _ in parts] == HEADINGS and all(bodies.values()),
         "items_ok": all(low <= items[name] <= high for name, (low, high) in ITEMS.items()),
-        "stopped": bool(answer["stopped"]) and bool(text.strip()),
-        "cites_three": bool(text.strip()) and different(right) >= min(3, different(mentions(prompt))),
+        "stopped": bool(answer["stopped"]) and some,
+        "cites_three": some and different(right) >= min(3, different(mentions(prompt))),
         "grounded_share": len(right) / len(told) if told else 0.0,
+        "keeps_to_data": some and not claims,
+        "right_direction": some and not turned,
+        "echo_free": some and not ECHO.search(text),
         "copied_prompt": copied(text, prompt),
         "repeated": repeated(text),
+        "priorities": priorities(text, row["stakeholder_id"]),
+        "specificity": 100 * facts / max(1, len(text.split())),
+        "distinct_2": distinct_pairs(text),
+        "readability": reading_ease(text),
         "words": len(text.split()),
         "new_tokens": answer["new_tokens"],
+        "seconds": answer["seconds"] or None,
         "tokens_per_second": answer["new_tokens"] / answer["seconds"] if answer["seconds"] else None,
         "numbers": len(told),
         "grounded": len(right),
@@ -130,20 +131,44 @@ def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
              "nearest": _named(m.nearest)}
             for m in misses
         ],
+        "claims": claims,
+        "wrong_way": turned,
         "missing": [name for name in HEADINGS if not bodies.get(name)],
         "items": items,
     }  # fmt: skip
 
 
-def score(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One line per row x system, with every measure; a row that a system did not answer stays in as a failure."""
+def score(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], *, listener: Any = None,
+          again: Sequence[Mapping[str, Any]] = (), surprise: bool = False) -> pd.DataFrame:
+    """One line per row x system, with every measure; a row that a system did not answer stays in as a failure.
+
+    `listener` (dialogues.classifier) adds "identity" and "heard"; `again`, second answers of the same systems to the
+    same rows, adds "consistency"; `surprise` adds "perplexity" where that model is on disk. Else these are None.
+    """
     import pandas as pd
 
-    given = {(a["row_id"], a["system"]): a for a in answers}
+    given, second = ({(a["row_id"], a["system"]): a for a in some} for some in (answers, again))
     keep = ("scenario_id", "scenario", "country", "stakeholder_id", "stakeholder")
-    lines = []
-    for system in sorted({a["system"] for a in answers}):
-        for row in rows:
-            measured = score_answer(row, given.get((row["id"], system), _FAILED))
-            lines.append({"row_id": row["id"], "system": system, **{k: row[k] for k in keep}, **measured})
-    return pd.DataFrame(lines)
+    asked = [(row, system) for system in sorted({a["system"] for a in answers}) for row in rows]
+    texts, lines = [], []
+    for row, system in asked:
+        answer = given.get((row["id"], system), _FAILED)
+        line = {"row_id": row["id"], "system": system, **{k: row[k] for k in keep}, **score_answer(row, answer)}
+        if system in {name for _, name in second}:
+            line["consistency"] = agreement(answer["text"], second.get((row["id"], system), _FAILED)["text"])
+        texts.append(answer["text"])
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    if listener is not None:
+        table["heard"] = heard(listener, texts, [row for row, _ in asked])
+        table["identity"] = table["heard"] == table["stakeholder_id"]
+    if surprise:
+        table["perplexity"] = perplexity(texts)
+    return table
+
+
+def confusion(scores: pd.DataFrame) -> pd.DataFrame:
+    """Counts: the stakeholder asked (down) by the one that the classifier heard (across); needs score's `listener`."""
+    import pandas as pd
+
+    return pd.crosstab(scores["stakeholder_id"], scores["heard"])

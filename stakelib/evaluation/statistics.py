@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from importlib.resources import files
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 DRAWS = 2000  # bootstrap draws: the 2.5 % tail then rests on 50 of them
 ALPHA = 0.05
+ICC = 0.1  # least correlation assumed between answers about one scenario: rates near 0 or 1 hide theirs
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
@@ -65,7 +68,7 @@ def clustered_means(values: np.ndarray, clusters: Sequence[Any], seed: int = 0) 
 def clustered_wilson(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
     """95 % Wilson interval of a rate whose yes/no values share clusters: n shrinks by the design effect, z grows to t.
 
-    Where all values agree the design effect cannot be seen and n stays whole: then the interval is a best case.
+    The design effect is at least that of ICC; simulated worlds near 0 or 1 are then covered too (tests).
     """
     import numpy as np
     from scipy.stats import norm, t
@@ -76,8 +79,9 @@ def clustered_wilson(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float
     if groups < 2:
         return 0.0, 1.0
     variance = (np.bincount(index, values - rate) ** 2).sum() * groups / (groups - 1) / n**2
-    effect = max(1.0, variance * n / (rate * (1 - rate))) if 0 < rate < 1 else 1.0
-    wider = 2 * norm.sf(t.ppf(1 - ALPHA / 2, groups - 1)) if 0 < rate < 1 else ALPHA
+    seen = variance * n / (rate * (1 - rate)) if 0 < rate < 1 else 1.0
+    effect = max(seen, 1 + ICC * (n / groups - 1))
+    wider = 2 * norm.sf(t.ppf(1 - ALPHA / 2, groups - 1))
     low, high = proportion_confint(values.sum() / effect, n / effect, alpha=wider, method="wilson")
     return float(low), float(high)
 
@@ -94,49 +98,53 @@ def newcombe(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
     return float(q - p - sqrt(max(down, 0))), float(q - p + sqrt(max(up, 0)))
 
 
-def _compare_one(pairs: pd.DataFrame, clusters: Sequence[Any], kind: str) -> dict[str, Any]:
+def _compare_one(first: np.ndarray, second: np.ndarray, clusters: Sequence[Any], kind: str,
+                 names: Sequence[str]) -> dict[str, Any]:
     """Values, intervals, difference and p of one measure; yes/no with score intervals, others by bootstrap."""
     import numpy as np
     from statsmodels.stats.contingency_tables import mcnemar
 
-    base, tuned = pairs["base"].to_numpy(float), pairs["tuned"].to_numpy(float)
-    draws = clustered_means(np.column_stack([base, tuned, tuned - base]), clusters)
+    draws = clustered_means(np.column_stack([first, second, second - first]), clusters)
     low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
     if kind == "yes/no":
-        (b_low, b_high), (t_low, t_high) = clustered_wilson(base, clusters), clustered_wilson(tuned, clusters)
-        d_low, d_high = newcombe(base, tuned)  # pairs from few scenarios: the bootstrap is wider, certain results: this
+        (b_low, b_high), (t_low, t_high) = clustered_wilson(first, clusters), clustered_wilson(second, clusters)
+        # pairs from few scenarios: the bootstrap is wider, certain results: this; one scenario: nothing is known
+        d_low, d_high = newcombe(first, second) if len(set(clusters)) > 1 else (-1.0, 1.0)
         low, high = [b_low, t_low, min(d_low, low[2])], [b_high, t_high, max(d_high, high[2])]
-        table = [[np.sum((base == i) & (tuned == j)) for j in (1, 0)] for i in (1, 0)]
+        table = [[np.sum((first == i) & (second == j)) for j in (1, 0)] for i in (1, 0)]
         p = float(mcnemar(table, exact=True).pvalue)
     else:
         tail = min((draws[:, 2] <= 0).sum(), (draws[:, 2] >= 0).sum())
         p = float(min(1.0, 2 * (tail + 1) / (DRAWS + 1))) if np.isfinite(draws).all() else 1.0
     if kind != "number":
         low, high = np.maximum(low, [0, 0, -1]), np.minimum(high, [1, 1, 1])
-    line = {"n": len(base), "scenarios": len(set(clusters))}
-    for i, (name, value) in enumerate(zip(("base", "tuned", "difference"), (base, tuned, tuned - base), strict=True)):
+    line = {"n": len(first), "scenarios": len(set(clusters))}
+    for i, (name, value) in enumerate(zip((*names, "difference"), (first, second, second - first), strict=True)):
         line |= {name: float(value.mean()), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
     return {**line, "p": p}
 
 
-def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None) -> pd.DataFrame:
-    """Base against tuned, paired by row: one line per measure, values as 0-1 (yes/no, share) or in their own unit.
+def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
+            pair: tuple[str, str] = ("base", "tuned")) -> pd.DataFrame:
+    """The first system of `pair` against the second, paired by row: one line per measure that both have.
 
-    p: exact McNemar for yes/no, bootstrap clustered by scenario otherwise; p_holm: corrected over all judged measures.
-    verdict: "better" or "worse" only if p_holm < 0.05 and the interval of the difference leaves out 0.
+    Columns carry the systems' names; values as 0-1 (yes/no, share) or in their own unit. p: exact McNemar for yes/no,
+    bootstrap clustered by scenario otherwise; p_holm: corrected over all judged measures.
+    verdict on the second: "better" or "worse" only if p_holm < 0.05 and the interval of the difference leaves out 0.
     """
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
 
-    if missing := {"base", "tuned"} - set(scores["system"]):
+    if missing := set(pair) - set(scores["system"]):
         raise CourseError([f"no answers of '{s}'" for s in sorted(missing)], "ask both systems with answers() first")
     lines = []
-    for name in measures or list(MEASURES):
+    for name in measures or [m for m in MEASURES if m in scores]:
         about = MEASURES[name]
         wide = scores.pivot(index=["row_id", "scenario_id"], columns="system", values=name)
-        wide = wide[["base", "tuned"]].astype(float).dropna()
+        wide = wide[list(pair)].astype(float).dropna()
         if len(wide):
-            found = _compare_one(wide, list(wide.index.get_level_values("scenario_id")), about.kind)
+            values = (wide[system].to_numpy() for system in pair)
+            found = _compare_one(*values, list(wide.index.get_level_values("scenario_id")), about.kind, pair)
             lines.append({"measure": name, "label": about.label, "kind": about.kind, "unit": about.unit,
                           "direction": about.direction, **found})  # fmt: skip
     table = pd.DataFrame(lines)
@@ -173,4 +181,62 @@ def by_stakeholder(scores: pd.DataFrame, measures: Sequence[str]) -> pd.DataFram
             about = {"measure": name, "label": MEASURES[name].label, "stakeholder": who, "system": system}
             found = {"n": len(values), "value": float(values.mean()), "low": float(low), "high": float(high)}
             lines.append(about | found)
+    return pd.DataFrame(lines)
+
+
+def alpha(ratings: pd.DataFrame, level: str = "ordinal") -> float:
+    """Krippendorff's alpha of raters (rows) on items (columns), NaN where not rated: 1 agreement, 0 chance.
+
+    `level`: "nominal" for choices, "ordinal" for scales. NaN where no item has two ratings, or all ratings are equal.
+    """
+    import krippendorff
+
+    values = ratings.to_numpy(float)
+    rated = values[:, (values == values).sum(axis=0) > 1]
+    known = set(rated[rated == rated])
+    return float(krippendorff.alpha(rated, level_of_measurement=level)) if len(known) > 1 else float("nan")
+
+
+def win_rates(choices: pd.DataFrame, pair: tuple[str, str] = ("base", "tuned")) -> pd.DataFrame:
+    """Blind choices -> one line per question: wins of the second of `pair`, ties, losses, win rate, 95 % interval.
+
+    Columns needed: question, scenario_id, winner (a name of `pair`, or "tie"). A tie counts as half a win.
+    """
+    import pandas as pd
+
+    lines = []
+    for question, part in choices.groupby("question", sort=False):
+        value = part["winner"].map({pair[0]: 0.0, "tie": 0.5, pair[1]: 1.0})
+        if value.isna().any():
+            unknown = sorted(set(part["winner"][value.isna()].astype(str)))
+            raise CourseError(f"winners {unknown} are unknown", f"use {pair[0]}, {pair[1]} or tie")
+        low, high = clustered_wilson(value.to_numpy(float), list(part["scenario_id"]))
+        lines.append({"question": question, "n": len(part), "wins": int((value == 1).sum()),
+                      "ties": int((value == 0.5).sum()), "losses": int((value == 0).sum()),
+                      "win_rate": float(value.mean()), "low": low, "high": high})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def gate(scores: pd.DataFrame, system: str = "tuned") -> pd.DataFrame:
+    """The means of one system beside the bars of bars.json; measures that `scores` does not hold are left out.
+
+    Raises CourseError listing every measure on the wrong side of its bar, with the bar's reason.
+    """
+    import pandas as pd
+
+    bars = json.loads(files(__package__).joinpath("bars.json").read_text(encoding="utf-8"))
+    part = scores[scores["system"] == system]
+    if part.empty:
+        raise CourseError(f"no answers of '{system}'", "ask it with ask() first")
+    lines, problems = [], []
+    for name, bar in bars.items():
+        values = part[name].dropna().astype(float) if name in part else part.iloc[:0, 0]
+        if len(values):
+            upward, mean = MEASURES[name].direction == "higher", float(values.mean())
+            lines.append({"measure": name, "value": mean, **bar})
+            if not (mean >= bar["bar"] if upward else mean <= bar["bar"]):
+                wanted = f"{'at least' if upward else 'at most'} {bar['bar']:.0%}"
+                problems.append(f"{MEASURES[name].label}: {mean:.1%}, wanted {wanted} ({bar['reason']})")
+    if problems:
+        raise CourseError(problems, "do not ship this model; read the worst answers in the report, then train again")
     return pd.DataFrame(lines)

@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,14 +28,17 @@ class Answer:
     new_tokens: int
     prompt_tokens: int
     seconds: float
+    ids: list[int] = field(default_factory=list)  # of the new tokens, where they were asked for
 
 
-def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None) -> Any:
+def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None,
+           context: int = 2048) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
     folder in that form).
-    `tokenizer`: the base model's folder; ids are made by the same `render` as in training.
+    `tokenizer`: the base model's folder; ids are made by the same `render` as in training. `context`: tokens of one
+    prompt and its answer in llama.cpp.
     """
     if not Path(path).exists():
         raise CourseError(f"{path} is missing", "run notebooks 04 and 05 first")
@@ -43,7 +46,7 @@ def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path |
         from stakelib.models.mlx_models import Mlx
 
         return Mlx(path, tokenizer, adapter)
-    return LlamaCpp(path, tokenizer) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
+    return LlamaCpp(path, tokenizer, context=context) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
 
 
 def quiet() -> None:
@@ -102,10 +105,15 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         del self.server
 
-    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0,
-            seed: int = 0) -> Iterator[tuple[int, Answer]]:
-        """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy."""
+    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
+            top_p: float = 1.0, ids: bool = False) -> Iterator[tuple[int, Answer]]:
+        """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy.
+
+        With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them).
+        """
         settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
+        settings |= {"top_p": top_p} if temperature else {}
+        settings |= {"logprobs": 1} if ids else {}  # the only place where the reply tells them
         pool = ThreadPoolExecutor(self.at_once)
         try:
             waiting = {
@@ -128,7 +136,7 @@ class LlamaCpp:
         seconds = time.perf_counter() - start
         return Answer(
             choice["text"], choice["finish_reason"] == "stop", usage["completion_tokens"], usage["prompt_tokens"],
-            seconds)
+            seconds, [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])])
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids that llama.cpp itself makes of a prompt inside the chat template (BOS written by the template)."""

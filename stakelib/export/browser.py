@@ -1,0 +1,117 @@
+"""The browser page: a folder with the model, llama.cpp as WebAssembly (wllama) and prompts; needs no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tarfile
+import urllib.request
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from stakelib.dialogues import brief, prompt_text
+from stakelib.export import gguf_file
+from stakelib.export.ollama import _adds_bos as adds_bos
+from stakelib.models import base_model, load_tokenizer, render, template
+from stakelib.models.catalog import cache_folder
+from stakelib.run import CourseError, Run, atomic_write_json, sha256, writing
+from stakelib.scenarios import Scenario, country_profile
+from stakelib.voices import STAKEHOLDERS
+
+WLLAMA = "3.8.1"
+WLLAMA_URL = f"https://registry.npmjs.org/@wllama/wllama/-/wllama-{WLLAMA}.tgz"
+WLLAMA_SHA256 = "bbe65fcc6d128d7853aed6d1699db7541e51a0363dc0135b8b68153acbf74670"
+PARTS = {"package/esm/index.min.js": "wllama.js", "package/esm/wasm/wllama.wasm": "wllama.wasm",
+         "package/LICENCE": "wllama-licence.txt"}  # fmt: skip
+LARGEST = 2 * 10**9  # bytes that a browser holds in one piece; beyond, wllama wants pieces of 512 MB
+SPLITTER = "llama-gguf-split"
+
+
+def wllama(url: str = WLLAMA_URL, digest: str = WLLAMA_SHA256) -> Path:
+    """wllama's three files in a folder of the course's cache; fetched once (6 MB) from npm's registry, checked."""
+    folder = cache_folder() / f"wllama-{WLLAMA}"
+    if all((folder / name).exists() for name in PARTS.values()):
+        return folder
+    with writing(folder) as part:
+        part.mkdir(parents=True)
+        archive = part / "wllama.tgz"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply, archive.open("wb") as target:
+                shutil.copyfileobj(reply, target)
+        except OSError as problem:
+            action = "check the network and try again, or copy the .cache folder from a computer that has it"
+            raise CourseError(f"wllama could not be downloaded: {problem}", action) from problem
+        if (found := sha256(archive)) != digest:
+            problem = f"wllama: sha256 is {found}, {digest} was expected"
+            raise CourseError(problem, "the download was changed on its way: try another network; nothing was kept")
+        with tarfile.open(archive) as packed:
+            for name, ours in PARTS.items():
+                packed.extract(name, part, filter="data")
+                (part / name).rename(part / ours)
+        shutil.rmtree(part / "package")
+        archive.unlink()
+    return folder
+
+
+def page(run: Run, scenarios: Sequence[Scenario], variant: str = "pragmatic") -> Path:
+    """Build `page/` in the run folder and return it: index.html, app.js, wllama, the q8 model, prompts.json.
+
+    Each scenario gets one prompt per stakeholder, inside the text that surrounded it in training. Skipped if unchanged.
+    Raises CourseError if wllama cannot be had, if a model too large for one piece cannot be split, or if a scenario's
+    text holds a control token of the model: wllama reads text only, so it could not be told apart.
+    """
+    base, gguf, target = base_model(run.profile.model), gguf_file(run, "q8"), run.folder / "page"
+    web, own = files(__package__).joinpath("web"), ("index.html", "app.js")
+    texts = {name: web.joinpath(name).read_text(encoding="utf-8") for name in own}
+
+    def work() -> dict[str, Any]:
+        runtime, tokenizer = wllama(), load_tokenizer(base.folder)
+        with writing(target) as part:
+            part.mkdir(parents=True)
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8", newline="\n")
+            for name in PARTS.values():
+                shutil.copyfile(runtime / name, part / name)
+            asked = [_prompts(tokenizer, scenario, variant) for scenario in scenarios]
+            about = {"name": gguf.stem, "tokens": run.profile.max_new_tokens, "files": _model(gguf, part)}
+            atomic_write_json(part / "prompts.json", {**about, "scenarios": asked})
+        return {"scenarios": len(asked), "files": about["files"]}
+
+    settings = {"texts": texts, "wllama": WLLAMA, "variant": variant, "scenarios": [s.model_dump() for s in scenarios]}
+    run.stage("page", settings, [gguf, base.folder / "source.json"], [target], work)
+    return target
+
+
+def _prompts(tokenizer: Any, scenario: Scenario, variant: str) -> dict[str, Any]:
+    context = country_profile(scenario.metadata.country).get("context", "emerging")
+    around, prompts = template(tokenizer), {}
+    name = f"{scenario.metadata.scenarioName} ({scenario.metadata.country})"
+    for who, profile in STAKEHOLDERS.items():
+        text = prompt_text(scenario, who, context, variant, brief(scenario, who, context, variant, seed=0))
+        whole = f"{around.before}{text.strip()}{around.between}"
+        if tokenizer(whole, add_special_tokens=False).input_ids != render(tokenizer, text).ids:
+            raise CourseError(f"{name}: its text holds a control token of the model", "rename it in your file")
+        bos = tokenizer.bos_token if adds_bos(tokenizer, around) else None  # then wllama writes it too
+        prompts[profile.name] = {"text": text, "whole": whole.removeprefix(bos or "")}
+    return {"name": name, "prompts": prompts}
+
+
+def _model(gguf: Path, part: Path) -> list[str]:
+    """Put the model beside the page; returns its file names. A second name of the same bytes where the disk can."""
+    if gguf.stat().st_size <= LARGEST:
+        try:
+            os.link(gguf, part / "model.gguf")
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(gguf, part / "model.gguf")
+        return ["model.gguf"]
+    tool = shutil.which(SPLITTER)
+    if tool is None:
+        raise CourseError(
+            f"{gguf.name} has {gguf.stat().st_size / 1e9:.1f} GB, a browser takes {LARGEST / 1e9:.0f} in one piece",
+            f"install llama.cpp (brew, winget and conda-forge have it), so that {SPLITTER} is found, and try again",
+        )
+    subprocess.run([tool, "--split", "--split-max-size", "512M", str(gguf), str(part / "model")], check=True)
+    return sorted(p.name for p in part.glob("model-*.gguf"))

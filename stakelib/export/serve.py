@@ -1,0 +1,133 @@
+"""`course.py serve`: the tuned model for the Scenario Dialogue Tool, and the browser page, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application
+
+from stakelib.export import gguf_file
+from stakelib.export.endpoint import CONTEXT, Api, Page
+from stakelib.models import base_model
+from stakelib.models.engines import LlamaCpp
+from stakelib.run import CourseError, Run
+
+PORT = 11434  # Ollama's own, where the tool looks
+CALLERS = 2  # answers written at once; others wait
+BODY, SECONDS = 256 * 1024, 120.0  # largest request in bytes; longest that an answer may take
+
+
+@contextlib.contextmanager
+def serving(
+    gguf: Path, tokenizer: Path, port: int = 0, *, alias: str = "", page: Path | None = None, seconds: float = SECONDS
+) -> Iterator[str]:
+    """Serve the model in `gguf` on 127.0.0.1 while the context lasts; yields the address once it is warm.
+
+    The model's name is that of the file without its quantisation; `alias` is a second one. `tokenizer`: the base
+    model's folder, whose template wraps each prompt as in training. `port` 0 takes a free one. `page`: a folder to
+    serve at /. An answer ends with an error after `seconds`. Raises CourseError where the port is taken.
+    """
+    sockets, up, halt = _listen(port), threading.Event(), threading.Event()
+    names = tuple(filter(None, (model_name(gguf), alias)))
+    with LlamaCpp(gguf, tokenizer, CALLERS, CONTEXT) as llama, ThreadPoolExecutor(CALLERS) as pool:
+        about = {"llama": llama, "names": names, "pool": pool, "seconds": seconds, "halt": halt}
+        routes: list[Any] = [(r"/api/(tags|version|show|generate|chat)", Api, about)]
+        if page:
+            routes.append((r"/(.*)", Page, {"path": str(page), "default_filename": "index.html"}))
+        thread = threading.Thread(target=lambda: asyncio.run(_loop(routes, sockets, pool, up, halt)), daemon=True)
+        thread.start()
+        up.wait()
+        try:
+            yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+        finally:
+            halt.set()
+            thread.join()
+
+
+def model_name(gguf: Path) -> str:
+    """The name under which a GGUF is served: its file's, without the quantisation."""
+    return Path(gguf).stem.rpartition("-")[0]
+
+
+async def _loop(
+    routes: list[Any], sockets: list[Any], pool: ThreadPoolExecutor, up: threading.Event, halt: threading.Event
+) -> None:
+    app = Application(routes, log_function=lambda _: None)
+    server = HTTPServer(app, max_body_size=BODY, body_timeout=10, idle_connection_timeout=60)
+    server.add_sockets(sockets)
+    up.set()
+    while not halt.is_set():
+        await asyncio.sleep(0.05)
+    server.stop()
+    await asyncio.to_thread(pool.shutdown)  # answers under way stop at their next token
+    await server.close_all_connections()
+
+
+def _listen(port: int) -> list[Any]:
+    try:
+        return bind_sockets(port, "127.0.0.1")
+    except OSError as problem:
+        who = "another program"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2) as reply:
+                version = json.load(reply)["version"]
+            who = "this endpoint, started before" if "stakelib" in version else f"Ollama {version}"
+        action = "quit that program, or choose another port with --port (and name it in the tool's ollamaUrl)"
+        if who.startswith("Ollama"):
+            action = f"use Ollama itself (`ollama create` with the run's Modelfile); or {action}"
+        raise CourseError(f"port {port} is taken by {who} ({problem.strerror})", action) from None
+
+
+def main() -> int:
+    """Load, warm up, say so, answer until Ctrl-C; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="course.py")
+    parser.add_argument("command", choices=("serve",))
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<profile>)")
+    parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s, Ollama's own")
+    parser.add_argument("--alias", default="", help="a second name, as in gemma2:2b, the tool's default")
+    options = parser.parse_args()
+    try:
+        run = _opened(options.out)
+        gguf, page = gguf_file(run, "q8"), run.folder / "page"
+        if not gguf.exists():
+            raise CourseError(f"{gguf} is missing", "run the course up to notebook 05, or name another run with --out")
+        print(f"Loading {gguf.name} ...", flush=True)
+        shown = page if page.exists() else None
+        base = base_model(run.profile.model)
+        with serving(gguf, base.folder, options.port, alias=options.alias, page=shown) as address:
+            print(f"Ready: model '{model_name(gguf)}' at {address}, for programs of this computer only.")
+            print(f"The page: {address}/" if shown else "No page yet: notebook 08 makes it.")
+            print("To stop: Ctrl-C", flush=True)
+            while True:
+                time.sleep(1)
+    except CourseError as problem:
+        print(f"\n{problem}", flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+        return 0
+
+
+def _opened(out: Path | None) -> Run:
+    """The run; a folder that --out names says itself which profile and model made it."""
+    made_with = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        made_with = json.loads((out / "run.json").read_text(encoding="utf-8"))["profile"]
+    return Run.open(out, made_with.get("name"), made_with.get("model"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

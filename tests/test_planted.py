@@ -1,0 +1,260 @@
+"""The measures are measured: faults planted in clean rule text are found, and clean text raises no alarm."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from types import SimpleNamespace
+
+import pytest
+from test_evaluation import answer
+
+from stakelib.dialogues import build
+from stakelib.dialogues.classifier import heard, listener, masked
+from stakelib.dialogues.numbers import mentions, ungrounded
+from stakelib.evaluation import confusion, score
+from stakelib.evaluation.measures import HEADINGS
+from stakelib.evaluation.words import agreement, priorities, reading_ease, unfounded, wrong_way
+from stakelib.scenarios import sample
+from stakelib.voices import STAKEHOLDERS
+
+CLEAN, PLANTED, SEEN, FALSE = 200, 100, 0.95, 0.02  # answers, of each fault, found at least, false alarms at most
+Row = dict
+Plant = Callable[[Row, int], "str | None"]  # the spoilt text, None where this answer has no place for the fault
+
+
+@pytest.fixture(scope="module")
+def world() -> SimpleNamespace:
+    """Rule texts of 46 scenarios; one half of the countries trains the classifier, the other is judged."""
+    rows = [r.model_dump() for r in build(sample(46, seed=7), dict.fromkeys(STAKEHOLDERS, 46), seed=7)]
+    half = set(sorted({r["country"] for r in rows})[::2])
+    judged = [r for r in rows if r["country"] not in half][::-1]
+    judged = [r for _, r in sorted(enumerate(judged), key=lambda x: (x[0] % 23, x[0]))][:CLEAN]  # voices in turn
+    return SimpleNamespace(rows=rows, judged=judged, listener=listener([r for r in rows if r["country"] in half]))
+
+
+def put(text: str, sentence: str) -> str:
+    return text.replace("**Concerns**:\n", f"**Concerns**:\n- [high] {sentence}: this matters to us.\n", 1)
+
+
+def wrong_number(row: Row, i: int) -> str | None:
+    m = mentions(row["completion"])[i % 3]
+    digits = re.search(r"\d[\d,.]*\d|\d", m.text)
+    if not digits:
+        return None
+    value = float(digits.group().replace(",", ""))
+    other = f"{value * 1.13 + 3:,.1f}" if "." in digits.group() else f"{value * 1.13 + 3:,.0f}"
+    return row["completion"][: m.start] + m.text.replace(digits.group(), other) + row["completion"][m.end :]
+
+
+def another_year(row: Row, _: int) -> str | None:
+    held = mentions(row["prompt"])
+    for m in mentions(row["completion"]):
+        for h in held:
+            same = m.metric and (h.metric, h.unit) == (m.metric, m.unit)
+            if same and m.year and h.year and h.year != m.year and abs(h.value - m.value) > 2 * m.step:
+                return row["completion"][: m.start] + h.text + row["completion"][m.end :]
+    return None
+
+
+TURNED = [("growth of peak demand", "decline of peak demand"), ("climb of peak demand", "drop of peak demand"),
+          ("surge of peak demand", "fall of peak demand"), ("rise in emissions", "fall in emissions"),
+          ("investment growing from", "investment falling from"),
+          ("rise in total investment", "cut in total investment"),
+          ("investment climbs from", "investment drops from"), ("investment drops from", "investment climbs from"),
+          ("growth of hydro", "decline of hydro"), ("hydro growing", "hydro shrinking"),
+          ("coal falling", "coal rising"),
+          ("decline of coal", "growth of coal"), ("fall in coal", "rise in coal")]  # fmt: skip
+NAMES = {"re_share": "the renewable share", "investment": "investment", "jobs": "jobs", "peak": "peak demand",
+         "storage": "storage", "solar": "solar", "wind": "wind", "hydro": "hydro", "gas": "gas", "coal": "coal",
+         "emissions": "emissions"}  # fmt: skip
+FORMS = cycle(("{name} {verb} steadily", "{verbs} {name} worries us", "{name} {verb} from {a} to {b}",
+               "the {noun} of {name} by {year} comes too early",
+               "{name} of {b} in {year} has {verb_past}"))  # fmt: skip
+VERBS = {True: ("falls", "falling", "decline", "declined"), False: ("rises", "rising", "growth", "increased")}
+
+
+def flipped(row: Row, _: int) -> str | None:
+    text = row["completion"]
+    tips = text.index("**Questions**")
+    for right, wrong in TURNED:
+        if right in text[:tips].lower():
+            return re.sub(right, wrong, text, count=1, flags=re.I)
+    told = [m for m in mentions(row["prompt"]) if m.metric in NAMES and m.year]
+    for a, b in zip(told, told[1:], strict=False):
+        years = sorted((m.year, m.value) for m in told if m.metric == a.metric)
+        if a.metric == b.metric and len(years) == 2 and a.value != b.value:
+            verb, verbs, noun, past = VERBS[b.value > a.value]
+            said = next(FORMS).format(name=NAMES[a.metric], a=a.text, b=b.text, year=b.year, verb=verb, verbs=verbs,
+                                      noun=noun, verb_past=past)  # fmt: skip
+            return put(text, said[0].upper() + said[1:])
+    return None
+
+
+CLAIMS = cycle({"storage": "The storage of 300 MW by 2030 is thin", "coal": "Coal plants close too late",
+                "jobs": "The jobs numbering 4,200 in 2030 are few",
+                "emissions": "An emissions cut of 45% by 2040 is bold",
+                "gas": "The gas fleet stays in service too long",
+                "interconnector": "The interconnectors run at full load",
+                "peak demand": "Peak demand of 900 MW in 2030 is high", "diesel": "Diesel units carry the evening",
+                "geothermal": "Geothermal wells cool down"}.items())  # fmt: skip
+
+
+def invented_metric(row: Row, _: int) -> str | None:
+    for _, (word, claim) in zip(range(9), CLAIMS, strict=False):
+        if word not in row["prompt"].lower():
+            return put(row["completion"], claim)
+    return None
+
+
+def without_section(row: Row, i: int) -> str:
+    name = HEADINGS[i % 5]
+    return re.sub(rf"\*\*{name}\*\*:.*?(?=\n\*\*|\Z)", "", row["completion"], flags=re.S)
+
+
+def swapped(row: Row, i: int, rows: list[Row]) -> str | None:
+    others = [r for r in rows if r["scenario_id"] == row["scenario_id"] and r["stakeholder"] != row["stakeholder"]]
+    return others[i % len(others)]["completion"]
+
+
+def copied_prompt(row: Row, i: int) -> str:
+    return row["prompt"] if i % 2 else "\n".join(row["prompt"].splitlines()[3:9]) + "\n" + row["completion"]
+
+
+FAULTS: dict[str, tuple[Plant, Callable[[dict], bool]]] = {
+    "wrong number": (wrong_number, lambda s: bool(s["invented"])),
+    "number of another year": (another_year, lambda s: bool(s["invented"])),
+    "flipped direction": (flipped, lambda s: not s["right_direction"]),
+    "swapped stakeholder": (swapped, lambda s: not s["identity"]),
+    "missing section": (without_section, lambda s: not s["has_sections"]),
+    "invented metric": (invented_metric, lambda s: not s["keeps_to_data"]),
+    "copied prompt": (copied_prompt, lambda s: s["copied_prompt"]),
+}
+
+
+def measured(rows: list[Row], texts: list[str], ear: object) -> list[dict]:
+    answers = [{**answer(text), "row_id": row["id"]} for row, text in zip(rows, texts, strict=True)]
+    return score(rows, answers, listener=ear).to_dict("records")
+
+
+def test_planted_faults_are_found_and_clean_text_is_left_alone(
+    world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, done = time.process_time(), CLEAN
+    clean = measured(world.judged, [r["completion"] for r in world.judged], world.listener)
+    table, missed = [], []
+    for fault, (plant, seen) in FAULTS.items():
+        more = {"rows": world.rows} if plant is swapped else {}
+        spoilt = [(r, t) for i, r in enumerate(world.judged) if (t := plant(r, i, **more)) and t != r["completion"]]
+        rows, texts = zip(*spoilt[:PLANTED], strict=True)
+        found = [seen(line) for line in measured(list(rows), list(texts), world.listener)]
+        alarms = sum(map(seen, clean))
+        done += len(rows)
+        table.append((fault, len(rows), sum(found) / len(rows), alarms / CLEAN))
+        missed += [(fault, t) for t, ok in zip(texts, found, strict=True) if not ok][:2]
+    seconds = time.process_time() - start
+    with capsys.disabled():
+        print(f"\n{'planted fault':24}{'answers':>8}{'found':>8}{'false alarms':>14}")
+        print("\n".join(f"{fault:24}{n:8}{rate:8.0%}{alarms:14.1%}" for fault, n, rate, alarms in table))
+        print(f"all measures of 1,000 answers: {1000 * seconds / done:.0f} s of processor time (budget 20 s)")
+    assert len(clean) == CLEAN and all(n >= 60 for _, n, _, _ in table)
+    assert [line for line in table if line[2] < SEEN or line[3] > FALSE] == [], missed
+
+
+def test_the_classifier_hears_all_nine_of_other_countries(world: SimpleNamespace) -> None:
+    table = score(world.judged[:90], [{**answer(r["completion"]), "row_id": r["id"]} for r in world.judged[:90]],
+                  listener=world.listener)  # fmt: skip
+    matrix = confusion(table)
+    assert matrix.to_numpy().sum() == 90 and set(matrix.index) == set(STAKEHOLDERS)
+    assert sum(matrix.loc[who, who] for who in STAKEHOLDERS) >= 88
+    silent = heard(world.listener, ["", "2030: 45%"], world.judged[:2])
+    assert silent == ["", ""]  # no words, no voice
+
+
+def test_a_voice_is_not_heard_by_its_name_or_priorities(world: SimpleNamespace) -> None:
+    row = world.judged[0]
+    told = f"As a Grid Operator of {row['country']}, a progressive one: system reliability, debt sustainability, 45%."
+    assert masked(told, row).split() == ["As", "a", "of", ",", "a", "one:", ",", ",", "%."]
+    assert "dispatch" in masked("Our dispatch room", row)
+
+
+# ---- one by one, each with a twin that passes
+
+PROMPT = """- Country: Kenya
+- Scenario: Coal Farewell
+- Renewable Share 2030: 60.0%
+- Renewable Share 2040: 80.0%
+- Coal Capacity: 400 MW (2030), 100 MW (2040)
+- Emissions Reduction: 20.0% (2030), 40.0% (2040)
+
+**Stakeholder Priorities**: flexibility and storage"""
+
+
+@pytest.mark.parametrize(("wrong", "right"), [
+    ("Coal will rise by 2040.", "Coal will fall by 2040."),
+    ("The growth of coal is a shame.", "The decline of coal is a relief."),
+    ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 rises."),
+    ("It drops from 60.0% to 80.0%.", "It climbs from 60.0% to 80.0%."),
+    ("We see rising emissions.", "We see falling emissions."),
+    ("Renewables decline.", "If renewables decline, we leave."),
+    ("Coal grows.", "Must coal grow?"),
+    ("Higher emissions follow.", "We want higher emissions cuts."),
+])  # fmt: skip
+def test_a_rise_called_a_fall_is_seen(wrong: str, right: str) -> None:
+    assert wrong_way(wrong, PROMPT) and not wrong_way(right, PROMPT)
+
+
+def test_a_metric_of_one_year_has_no_direction() -> None:
+    assert not wrong_way("Storage falls. Gas rises.", PROMPT + "\n- Storage Capacity: 40 MW (2030)")
+
+
+@pytest.mark.parametrize(("wrong", "right", "word"), [
+    ("The gas fleet stays.", "The coal fleet stays.", "gas"),
+    ("Storage of 300 MW helps.", "We care for storage.", "storage"),  # a priority may be named, not counted
+    ("The jobs come late.", "No figure on jobs is given.", "jobs"),
+    ("Diesel runs at night.", "Does diesel run at night?", "diesel"),
+])  # fmt: skip
+def test_a_claim_without_data_is_seen(wrong: str, right: str, word: str) -> None:
+    assert unfounded(wrong, PROMPT) == [word] and unfounded(right, PROMPT) == []
+
+
+def test_a_name_is_no_claim() -> None:
+    bare = PROMPT.replace("- Coal Capacity: 400 MW (2030), 100 MW (2040)\n", "")
+    assert unfounded("We like Coal Farewell.", bare) == [] and unfounded("We like coal.", bare.replace("Coal", "Sun"))
+
+
+def test_sums_are_right_only_after_a_word_of_change_and_only_for_answers() -> None:
+    grows, stays = "The renewable share grows by 20 points.", "The renewable share is 20 points."
+    assert not ungrounded(grows, PROMPT, derived=True) and ungrounded(grows, PROMPT)
+    assert ungrounded(stays.replace("20", "21"), PROMPT, derived=True)
+    assert not ungrounded("Coal drops by 75%.", PROMPT, derived=True)
+    assert ungrounded("Coal drops by 76%.", PROMPT, derived=True)
+
+
+def test_agreement_by_hand() -> None:
+    first = "**Concerns**:\n- Coal of 400 MW in 2030.\n- Storage is thin.\n\n**Questions**:\n- Jobs?"
+    assert agreement(first, first) == 1 and agreement("", "") == agreement(first, "Fine.") == 0
+    assert agreement(first, first.replace("Storage", "Money")) == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_priorities_and_reading_ease_by_hand() -> None:
+    assert priorities("Reliability and flexible plant first.", "grid-operators") == pytest.approx(2 / 5)
+    assert reading_ease("The cat sat on the mat.") == pytest.approx(206.835 - 1.015 * 6 - 84.6, abs=0.01)
+    assert reading_ease("Intergovernmental harmonisation necessitates deliberation.") < 0 and reading_ease("") is None
+
+
+def test_a_second_answer_and_an_absent_one(world: SimpleNamespace) -> None:
+    rows = world.judged[:2]
+    answers = [{**answer(r["completion"]), "row_id": r["id"]} for r in rows]
+    table = score(rows, answers, again=answers[:1])
+    assert table["consistency"].tolist() == [1.0, 0.0]  # what never came back agrees with nothing
+    assert score(rows, answers)["consistency"].isna().all() and score(rows, answers)["identity"].isna().all()
+
+
+def test_mentions_are_remembered_but_never_shared() -> None:
+    first = mentions("Coal of 40 MW")
+    first.append(replace(first[0], value=0.0))
+    assert len(mentions("Coal of 40 MW")) == 1
