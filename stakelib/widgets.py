@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stakelib.dialogues.review import STATES, Review
+from stakelib.evaluation.rating import CHOICES, CRITERIA, Rating
+from stakelib.run import CourseError
 from stakelib.voices import STAKEHOLDERS
 
 if TYPE_CHECKING:
@@ -111,3 +113,80 @@ class _Board:
         elif name == "reject" or self.review.current(at).source == "rules":
             self.review.decide(at, name)
         self.show(at)
+
+
+def rate(rating: Rating) -> ipywidgets.VBox:
+    """Blind comparison, pair by pair: three buttons for each criterion (Tab, Space); a vote is at once on disk."""
+    return _Ballot(rating).box
+
+
+class _Ballot:
+    def __init__(self, rating: Rating) -> None:
+        import ipywidgets as w
+
+        self.rating, self.loading = rating, False
+        self.head, self.progress = (w.Text(disabled=True, layout=w.Layout(width="99%")) for _ in range(2))
+        self.prompt = w.Textarea(disabled=True, layout=w.Layout(width="99%", height="120px"))
+        self.sides = {s: w.Textarea(disabled=True, layout=w.Layout(width="100%", height="420px")) for s in "AB"}
+        labels = {"A": "A is better", "same": "no difference", "B": "B is better"}
+        self.votes = {c: w.ToggleButtons(options=[(labels[x], x) for x in CHOICES], index=None, tooltips=[asks] * 3)
+                      for c, asks in CRITERIA.items()}  # fmt: skip
+        for criterion, buttons in self.votes.items():
+            buttons.observe(lambda change, c=criterion: self.voted(c, change["new"]), "value")
+        pair = w.GridBox([w.VBox([w.Label(s), box]) for s, box in self.sides.items()],
+                         layout=w.Layout(grid_template_columns="1fr 1fr", width="100%"))  # fmt: skip
+        asked = [w.VBox([w.Label(f"{c}: {asks}"), self.votes[c]]) for c, asks in CRITERIA.items()]
+        self.pager = Pager([], self.show)
+        self.box = w.VBox([self.head, self.prompt, pair, *asked, self.pager.box, self.progress])
+        self.pager.take(list(rating.rows))
+
+    def show(self, row_id: str | None) -> None:
+        shown = self.rating.shown(row_id) if row_id else dict.fromkeys(("stakeholder", "prompt", *"AB"), "no pair")
+        self.loading = True  # filling the buttons is not voting
+        self.head.value, self.prompt.value = f"How would {shown['stakeholder']} answer?", shown["prompt"]
+        for side, box in self.sides.items():
+            box.value = shown[side]
+        for criterion, buttons in self.votes.items():
+            buttons.value = self.rating.choice(row_id, criterion) if row_id else None
+            buttons.disabled = row_id is None
+        self.loading, self.progress.value = False, self.rating.progress()
+
+    def voted(self, criterion: str, choice: str | None) -> None:
+        if not self.loading and choice and self.pager.current:
+            self.rating.vote(self.pager.current, criterion, choice)
+            self.progress.value = self.rating.progress()
+
+
+def chat(rows: Sequence[Mapping[str, Any]], ask: Callable[..., list[dict[str, Any]]]) -> ipywidgets.VBox:
+    """A prompt box, and what base, tuned and the rules say side by side; `rows` are prompts to begin with.
+
+    `ask(system, rows)`: `evaluation.ask` with the run filled in. The rules speak from a whole scenario, so they answer
+    a row's own prompt only.
+    """
+    import ipywidgets as w
+
+    rules = {row["prompt"]: row["completion"] for row in rows}
+    starts = w.Dropdown(options=[(f"{r['stakeholder']}: {r['scenario']}, {r['country']}", r["prompt"]) for r in rows],
+                        description="begin with", layout=w.Layout(width="99%"))  # fmt: skip
+    prompt = w.Textarea(starts.value or "", layout=w.Layout(width="99%", height="220px"))
+    tall = w.Layout(width="100%", height="420px")
+    said = {s: w.Textarea(disabled=True, layout=tall) for s in ("base", "tuned", "rules")}
+    button = w.Button(description="ask")
+
+    def reply(_: Any) -> None:
+        button.disabled = True  # a second click while the models write would only wait
+        said["rules"].value = rules.get(prompt.value, "(the rules answer only a prompt of the list, left as it is)")
+        try:
+            for system in ("base", "tuned"):
+                said[system].value = "(writing)"
+                said[system].value = ask(system, [{"id": "chat", "prompt": prompt.value}])[0]["text"].strip()
+        except CourseError as problem:
+            said[system].value = str(problem)
+        finally:
+            button.disabled = False
+
+    starts.observe(lambda change: setattr(prompt, "value", change["new"]), "value")
+    button.on_click(reply)
+    columns = w.GridBox([w.VBox([w.Label(s), box]) for s, box in said.items()],
+                        layout=w.Layout(grid_template_columns="1fr 1fr 1fr", width="100%"))  # fmt: skip
+    return w.VBox([starts, prompt, button, columns])

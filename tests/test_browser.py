@@ -5,6 +5,7 @@ Pictures of what a person sees go to $STAKE_SHOTS if that is set.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_report import HOSTILE, make
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -167,6 +169,23 @@ def test_the_page_answers_for_two_stakeholders_without_a_network(chromium, lab: 
         context.close()
 
 
+def test_a_report_about_a_hostile_scenario_does_nothing(chromium, tmp_path: Path) -> None:
+    made, name = make(tmp_path, HOSTILE, ("Ada",)), "alert(1)"
+    page = chromium.new_page()
+    seen: list[str] = []
+    page.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: seen.append(request.url))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_timeout(500)
+    assert [x for x in seen if not x.startswith(("file:", "data:"))] == []
+    assert page.locator("script").count() == 0 and page.locator("main").inner_text().count(name) > 3 and name in made[0]
+    (tmp_path / "twin.html").write_text(f"<p>{HOSTILE}", encoding="utf-8")  # not escaped: this test sees it
+    page.goto((tmp_path / "twin.html").as_uri())
+    page.wait_for_timeout(500)
+    assert "1" in seen
+    page.close()
+
+
 def open_and_run(page: object, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
@@ -199,4 +218,48 @@ def test_an_edit_in_the_pager_outlives_the_page_and_a_killed_kernel(chromium, la
     again = page.locator(".jp-OutputArea textarea:not([disabled])").first
     assert again.input_value().endswith(f"- {said}")
     assert "1 edited" in page.locator(".jp-NotebookPanel").inner_text()
+    page.close()
+
+
+BALLOT = """
+from pathlib import Path
+from stakelib import widgets
+from stakelib.evaluation import Rating
+rows = [{"id": f"r{i}", "stakeholder": "Grid Operators", "prompt": "<img src=x onerror=alert(1)>"} for i in range(2)]
+said = [{"row_id": f"r{i}", "system": s, "text": f"{s} <script>alert({i})</script>"}
+        for i in range(2) for s in ("base", "tuned")]
+widgets.rate(Rating(Path("votes"), rows, said, "Ada"))
+"""
+
+
+def press(page: object, *keys: str) -> None:
+    for key in keys:
+        page.keyboard.press(key)
+        page.wait_for_timeout(150)
+
+
+def test_two_pairs_are_rated_with_the_keyboard_alone(chromium, lab: tuple[str, Path]) -> None:
+    import nbformat
+
+    address, folder = lab[0], lab[1].parent / "notebooks"
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # without it JupyterLab asks for one
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BALLOT)], metadata=kernel)
+    nbformat.write(made, folder / "ballot.ipynb")
+    page = chromium.new_page(viewport={"width": 1280, "height": 1600})
+    page.set_default_timeout(120_000)
+    alerts: list[str] = []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    open_and_run(page, address, "ballot.ipynb")
+    page.locator(".jp-OutputArea button:has-text('A is better')").first.focus()
+    for _ in range(2):  # accuracy A, naturalness same, relevance B, specificity A; then next, and back to the first
+        for tabs, key in ((0, "Space"), (4, "Space"), (4, "Enter"), (1, "Space"), (4, "Space")):
+            press(page, *["Tab"] * tabs, key)
+        press(page, *["Shift+Tab"] * 13)
+    page.wait_for_timeout(1000)
+    votes = [json.loads(x) for x in (folder / "votes" / "ratings-ada.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [v["choice"] for v in votes] == ["A", "same", "B", "A"] * 2
+    assert len({v["row_id"] for v in votes}) == 2 and len({v["criterion"] for v in votes}) == 4
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 1, "a key that a button takes must not move or add cells"
+    assert alerts == [] and page.locator(".jp-OutputArea img").count() == 0
+    shot(page, "06-ballot")
     page.close()

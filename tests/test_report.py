@@ -13,8 +13,9 @@ import pytest
 from test_evaluation import GOOD, PROMPT, answer, row
 
 from stakelib import plots
-from stakelib.evaluation import compare, report, score
-from stakelib.evaluation.report import faults, finite, marked, verdict, worst
+from stakelib.evaluation import Rating, compare, report, score
+from stakelib.evaluation.claims import UNKNOWN
+from stakelib.evaluation.report import NOT_MEASURED, faults, finite, marked, verdict, worst
 from stakelib.scenarios import sample
 
 HOSTILE = '<script>alert(1)</script><img src=http://evil.example/x onerror="alert(1)"> {{ 7*7 }} $x^$'
@@ -31,13 +32,32 @@ def material(name: str = "Wind first") -> tuple[list[dict], list[dict]]:
     return rows, said
 
 
-def make(folder: Path, name: str = "Wind first") -> tuple[str, dict, pd.DataFrame]:
-    record = {"stages": {"train": {"seconds": 61.0, "peak_mb": 900, "outputs": {"adapter": {"bytes": 2_000_000}}}}}
+TRAINED = {"rows": 40, "precision": "bfloat16", "trainable_parameters": 1_000_000}
+RECORD = {
+    "stages": {
+        "train": {
+            "seconds": 61.0, "peak_mb": 900, "outputs": {"adapter": {"bytes": 2_000_000, "sha256": "ab" * 32}},
+            "result": TRAINED,
+        },
+        "export": {"seconds": 9.0, "result": {"bytes": {"f16": 200_000_000}}},
+    },
+    "machine": {"processor": "Intel(R) Core(TM) i7-10610U"},
+    "versions": {"torch": "2.13.0"},
+}  # fmt: skip
+
+
+def make(
+    folder: Path, name: str = "Wind first", raters: tuple = (), record: dict = RECORD
+) -> tuple[str, dict, pd.DataFrame]:
     run = SimpleNamespace(
         profile=SimpleNamespace(name="quick", model="tiny"), record=record, path=lambda *p: folder.joinpath(*p)
     )
     rows, said = material(name)
     scores = score(rows, said)
+    for rater in raters:
+        one = Rating(folder / "evaluation", rows, said, rater)
+        for i in one.rows:
+            one.vote(i, "accuracy", "B" if one.side_a(i) == "base" else "A")
     guide = [{"prompt": HOSTILE, "base": HOSTILE, "tuned": GOOD}]
     page = report(run, scores, compare(scores), rows, said, guide).read_text(encoding="utf-8")
     return page, json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8")), scores
@@ -55,7 +75,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, pd.DataFrame]:
-    return make(tmp_path_factory.mktemp("run"), HOSTILE)
+    return make(tmp_path_factory.mktemp("run"), HOSTILE, ("Ada", "Ben"))
 
 
 def test_the_map_of_cells_counts_and_copes_with_own_scenarios() -> None:
@@ -94,7 +114,9 @@ def test_the_page_is_accessible(made: tuple) -> None:
         and all(b - a <= 1 for a, b in zip(levels[:40], levels[1:40], strict=False))
     )
     assert all(len(attrs.get("alt", "")) > 30 for t, attrs in tags if t == "img")
-    assert sum(t == "caption" for t, _ in tags) == sum(t == "table" for t, _ in tags) == 2
+    assert sum(t == "caption" for t, _ in tags) == sum(t == "table" for t, _ in tags) == 4
+    assert {attrs.get("scope") for t, attrs in tags if t == "th"} == {"col", "row"}
+    assert "@media print" in made[0]
     ids = {attrs["id"] for _, attrs in tags if "id" in attrs}
     assert {attrs["href"][1:] for _, attrs in tags if "href" in attrs} <= ids
 
@@ -129,6 +151,58 @@ def test_the_verdict_says_what_the_numbers_say(made: tuple) -> None:
     dull = {**facts, "comparison": [{**c, "verdict": "cannot tell"} for c in facts["comparison"]]}
     assert "on no measure clearly better" in verdict(dull)[0] and "clearly worse on none" in verdict(dull)[0]
     assert f"{facts['prompts']} prompts" in " ".join(verdict(dull)) and "only people can say" in verdict(dull)[-1]
+    assert len(facts["verdict"]) == 5
+    assert "35 of 36 stand in the prompt; of the base model's, 4 of 4" in facts["verdict"][1]
+    assert "accuracy 24 against 0" in facts["verdict"][-1]
+    assert "Nobody has rated" in verdict({**facts, "people": []})[-1]
+
+
+def test_what_people_said_is_a_table_and_else_is_named_as_missing(made: tuple, tmp_path: Path) -> None:
+    page, facts, _ = made
+    assert [(p["criterion"], p["raters"], p["tuned"]) for p in facts["people"]] == [("accuracy", 2, 24)]
+    assert "does it match the stakeholder&#39;s priorities?" in page and "Krippendorff" in page
+    unrated, without, _ = make(tmp_path)
+    assert "Nobody has rated these answers yet. Notebook 06" in unrated and without["people"] == []
+    (missing,) = set(without["not_measured"]) - set(facts["not_measured"])
+    assert NOT_MEASURED[missing] == "people"
+    assert all("Cohen" in text and "rating_sheet" in text for text in (page, unrated))
+
+
+def test_every_figure_of_the_guide_stands_beside_ours_or_reads_not_measured(made: tuple, tmp_path: Path) -> None:
+    lines = {(c["about"], c["where"]): c for c in made[1]["guide"]}
+    assert lines["Training, 500 examples", "i7"]["ours"] == "61 s (tiny, 40 rows, bfloat16)"
+    assert lines["Training, 500 examples", "M1"]["ours"] == UNKNOWN
+    assert lines["Share of the weights that is trained", "any"]["ours"] == "1.0% (tiny)"
+    assert lines["Naturalness", "any"]["ours"] == UNKNOWN
+    said = lines["Accuracy", "any"]["ours"]
+    assert said.startswith("people (2) preferred tuned 24 times, base 0")
+    assert 'check "Correctness of figures": 8% to' in said
+    mac = {**RECORD, "machine": {"processor": "Apple M1"}}
+    there = {(c["about"], c["where"]): c["ours"] for c in make(tmp_path, record=mac)[1]["guide"]}
+    assert there["Training, 500 examples", "M1"].startswith("61 s") and there["Training, 500 examples", "i7"] == UNKNOWN
+    bare = make(tmp_path / "bare", record={})[1]["guide"]
+    assert all(c["ours"] == UNKNOWN for c in bare if not c["about"].startswith(("One answer", "Acc", "Spec")))
+    assert all(f"<td>{c['guide'] or '–'}</td>" in made[0] for c in made[1]["guide"])
+
+
+def test_no_figure_of_the_guides_tables_is_left_out(made: tuple) -> None:
+    said = " ".join(c["guide"] for c in made[1]["guide"])
+    tables = "15-30 min|60-120 min|3-4x|4-6 GB|8-12 GB|6-8 GB|12-16 GB|0.5-1.5 s|0.3-0.8 s|2-4 s|2-4 h|30-60 min|1-2 h"
+    for figure in f"{tables}|2-3 h|1-2 days|30-50 %|10-20 %|40-60 %|50-70 %|0.1 %|1/10".split("|"):
+        assert figure in said
+    assert "5-10 min" not in said
+
+
+def test_other_systems_stand_beside_base_and_tuned(made: tuple, tmp_path: Path) -> None:
+    assert "Rules, no model" not in made[0]
+    profile = SimpleNamespace(name="quick", model="tiny")
+    run = SimpleNamespace(profile=profile, record={}, path=lambda *p: tmp_path.joinpath(*p))
+    rows, said = material()
+    rows = [{**r, "completion": "what the rules say"} for r in rows]
+    said += [{**answer(GOOD, i, "prompted"), "gguf": "m.gguf"} for i in range(12)]
+    scores = score(rows, said)
+    page = report(run, scores, compare(scores[scores["system"] != "prompted"]), rows, said).read_text(encoding="utf-8")
+    assert "Base model, better prompt" in page and page.count("Rules, no model") == len(WHO)
 
 
 def test_the_same_report_twice_is_the_same_file(tmp_path: Path) -> None:

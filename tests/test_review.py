@@ -22,7 +22,7 @@ import stakelib
 from stakelib import widgets
 from stakelib.dialogues import Review, build, open_review, prepare, read, split
 from stakelib.dialogues.files import write_rows
-from stakelib.dialogues.review import EDITS, GENERATED, _cell, apply_edits, read_edits
+from stakelib.dialogues.review import EDITS, GENERATED, apply_edits, as_cell, read_edits
 from stakelib.run import CourseError, Run
 from stakelib.scenarios import sample
 
@@ -195,7 +195,7 @@ def test_csv_files_that_are_none(folder: Path, content: bytes, said: str) -> Non
 @settings(max_examples=200)
 @given(st.text())
 def test_no_cell_is_a_formula(text: str) -> None:
-    cell = _cell(text)
+    cell = as_cell(text)
     assert cell[:1] not in ("=", "+", "-", "@", "\t")
     assert (cell[1:] if cell[:1] == "'" else cell) == text
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,9 +146,9 @@ class Review:
             table.writerow(COLUMNS)
             for i in self.rows:
                 row, edit = self.current(i), self.edits.get(i)
-                table.writerow(map(_cell, (i, row.stakeholder, row.task, row.country, row.scenario, row.prompt,
-                                           edit.action if edit else "", row.completion, "; ".join(self.problems(i)),
-                                           self._stamp(i))))
+                cells = (i, row.stakeholder, row.task, row.country, row.scenario, row.prompt,
+                         edit.action if edit else "", row.completion, "; ".join(self.problems(i)), self._stamp(i))
+                table.writerow(map(as_cell, cells))
         return Path(path)
 
     def from_csv(self, path: str | Path) -> int:
@@ -159,7 +159,7 @@ class Review:
         self.refresh()
         changes: dict[str, Edit | None] = {}
         problems: list[str] = []
-        for number, cells in _table(Path(path)):
+        for number, cells in read_table(Path(path), ("id", "decision", "completion", "of"), "to_csv"):
             edit, wrong = self._from_cells(cells, changes)
             problems += [f"{Path(path).name}, row {number}: {why}" for why in wrong]
             changes |= {edit.id: edit} if edit else {}
@@ -175,7 +175,8 @@ class Review:
 
     def _stamp(self, row_id: str) -> str:
         """Fingerprint of a row and its decision: a sheet that comes back late must not undo newer work."""
-        return hashlib.sha256(f"{_fingerprint(self.rows[row_id])}{self._decision(row_id)}".encode()).hexdigest()[:12]
+        made_of = f"{_fingerprint(self.rows[row_id])}{self._decision(row_id)}"
+        return f"v{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"  # Excel takes 1e5 for a number, v1e5 never
 
     def _from_cells(self, cells: dict[str, str], seen: dict[str, Any]) -> tuple[Edit | None, list[str]]:
         row, action = self.rows.get(cells["id"]), cells["decision"].strip().lower()
@@ -200,15 +201,18 @@ class Review:
                     of=_fingerprint(row)), []
 
 
-def _cell(text: str) -> str:
+def as_cell(text: str) -> str:
     """Excel runs a cell that begins like a formula: an apostrophe keeps it text."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "'") else text
 
 
-def _table(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(row number as Excel counts, cells) of a CSV, comma or semicolon; CourseError if it is none of ours."""
+def read_table(path: Path, columns: Sequence[str], writer: str) -> list[tuple[int, dict[str, str]]]:
+    """(row number as Excel counts, cells) of a CSV, comma or semicolon, that the function `writer` wrote.
+
+    CourseError if it lacks one of `columns` or is damaged.
+    """
     if not path.is_file():
-        raise CourseError(f"{path}: no such file", "write it with to_csv first.")
+        raise CourseError(f"{path}: no such file", f"write it with {writer} first.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -217,10 +221,10 @@ def _table(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True))
     except csv.Error as error:
-        raise CourseError(f"{path.name}: {error}", "write the file again with to_csv and edit that.") from error
-    missing = [c for c in ("id", "decision", "completion", "of") if not rows or c not in rows[0]]
+        raise CourseError(f"{path.name}: {error}", f"write the file again with {writer} and edit that.") from error
+    missing = [c for c in columns if not rows or c not in rows[0]]
     if missing:
-        raise CourseError([f"{path.name}: column {c!r} is missing" for c in missing], "keep the columns of to_csv.")
+        raise CourseError([f"{path.name}: column {c!r} is missing" for c in missing], f"keep the columns of {writer}.")
     out, problems = [], []
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(rows[0]):

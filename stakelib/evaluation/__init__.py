@@ -15,6 +15,7 @@ from stakelib.evaluation.asking import (
     voices_heard,
 )
 from stakelib.evaluation.measures import MEASURES, confusion, score
+from stakelib.evaluation.rating import Rating, agreement, preferences, rating_sheet, read_sheet
 from stakelib.evaluation.report import report
 from stakelib.evaluation.statistics import (
     alpha,
@@ -36,8 +37,9 @@ from stakelib.evaluation.tool import (
 )
 
 __all__ = [
-    "MEASURES", "SYSTEMS", "accepted_share", "alpha", "answers", "ask", "ask_as_tool", "ask_guide_prompts",
-    "by_stakeholder", "compare", "compare_runs", "confusion", "gate", "general", "held_out", "laid_over",
-    "nine_voices", "prompted", "report", "report_prompts", "reworded", "score", "smallest_visible_difference",
-    "tool_patch", "tool_requests", "try_in_tool", "voices_heard", "waiting", "wilson", "win_rates",
+    "MEASURES", "Rating", "SYSTEMS", "accepted_share", "agreement", "alpha", "answers", "ask", "ask_as_tool",
+    "ask_guide_prompts", "by_stakeholder", "compare", "compare_runs", "confusion", "gate", "general", "held_out",
+    "laid_over", "nine_voices", "preferences", "prompted", "rating_sheet", "read_sheet", "report", "report_prompts",
+    "reworded", "score", "smallest_visible_difference", "tool_patch", "tool_requests", "try_in_tool", "voices_heard",
+    "waiting", "wilson", "win_rates",
 ]  # fmt: skip

@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stakelib import plots
+from stakelib.evaluation.claims import claims
 from stakelib.evaluation.measures import MEASURES
+from stakelib.evaluation.rating import preferences
 from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, smallest_visible_difference
 from stakelib.run import atomic_write_json, atomic_write_text, clock
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NOT_MEASURED = (
-    "Whether people find the answers accurate, natural, relevant and specific: nobody has rated them yet.",
-    "The base model with a better prompt and examples, and the rule text, as further rivals.",
-    "Whether an answer sounds like its own stakeholder and no other.",
-    "Whether words such as rise and fall, or claims without a figure, agree with the scenario.",
-    "The same question asked twice, in other words, or at the temperature that the tool uses.",
-    "What the model forgot: anything outside this task.",
-    "Speed and memory on machines other than the one named under Cost.",
-)
+NOT_MEASURED = {  # what is missing: the measure, system or "people" whose figures would fill it
+    "Whether people find the answers accurate, natural, relevant and specific: nobody has rated these yet.": "people",
+    "The base model with a better prompt and examples, as a further rival.": "prompted",
+    "The rule text, as a further rival.": "rules",
+    "Whether an answer sounds like its own stakeholder and no other.": "identity",
+    "Whether words such as rise and fall agree with the scenario.": "right_direction",
+    "Whether claims without a figure agree with the scenario.": "keeps_to_data",
+    "The same question asked twice, in other words, or at the temperature that the tool uses.": "consistency",
+    "What the model forgot: anything outside this task.": "knows",
+    "Speed and memory on computers other than the one named under Cost.": "",
+}
 FIGURE_PANELS = ("has_sections", "stopped", "cites_three", "grounded_share")
 
 
@@ -44,21 +48,26 @@ def report(
     """
     texts = {(a["row_id"], a["system"]): a["text"] for a in answers}
     totals = {s: _totals(part) for s, part in scores.groupby("system")}
+    people = preferences(run.path("evaluation"), rows, answers)
     split = by_stakeholder(scores, FIGURE_PANELS)
     facts = {
         "profile": run.profile.name,
         "model": run.profile.model,
-        "files": dict(sorted((a["system"], a["gguf"]) for a in answers)),
+        "files": dict(sorted((a["system"], a.get("gguf", "no model")) for a in answers)),
         "prompts": int(scores["row_id"].nunique()),
         "scenarios": int(scores["scenario_id"].nunique()),
         "smallest_visible_difference": smallest_visible_difference(int(scores["row_id"].nunique())),
         "comparison": comparison.to_dict("records"),
+        "people": people,
+        "guide": claims(run.record, run.profile.model, answers, comparison.to_dict("records"), people),
         "totals": totals,
         "by_stakeholder": split.to_dict("records"),
         "worst": worst(scores),
         "measures": {name: vars(m) for name, m in MEASURES.items()},
-        "not_measured": list(NOT_MEASURED),
+        **{k: run.record.get(k) or {} for k in ("machine", "versions")},
     }
+    known = {*comparison["measure"], *totals, *(["people"] if people else [])}
+    facts["not_measured"] = [text for text, name in NOT_MEASURED.items() if name not in known]
     facts["verdict"] = verdict(facts)
     facts = finite(facts)
     atomic_write_json(run.path("evaluation", "evaluation.json"), facts)
@@ -70,32 +79,32 @@ def report(
         pairs=[_pair(scores, texts, row) for i, row in enumerate(rows) if row["stakeholder"] not in voices[:i]],
         guide=guide_answers or [],
         cost=_cost(run.record),
-        machine=run.record.get("machine") or {},
+        settings=run.record.get("profile") or {},
     )
     return atomic_write_text(run.path("report.html"), page)
 
 
 def verdict(facts: Mapping[str, Any]) -> list[str]:
-    """The findings in plain sentences, each one following from a figure of the table."""
+    """The findings in five plain sentences, each one following from figures of the report."""
     lines = [c for c in facts["comparison"] if c["direction"] != "none"]
-    n, seen, points = facts["prompts"], facts["scenarios"], 100 * facts["smallest_visible_difference"]
     named = {v: [c["label"].lower() for c in lines if c["verdict"] == v] for v in ("better", "worse", "cannot tell")}
     good = _list(named["better"], "clearly better than its base on", "on no measure clearly better than its base")
-    said = [f"The tuned model is {good}. It is {_list(named['worse'], 'clearly worse on', 'clearly worse on none')}."]
-    if named["cannot tell"]:
-        said.append(f"These prompts cannot tell the two apart on: {', '.join(named['cannot tell'])}.")
-    for system, t in facts["totals"].items():
-        share = f" ({t['grounded'] / t['numbers']:.0%})" if t["numbers"] else ""
-        said.append(
-            f"The {system} model wrote {t['numbers']} figures in {t['answers']} answers; {t['grounded']}{share} of them"
-            f" stand in the prompt. {t['faultless']} of its answers passed every check (95 % interval: "
-            f"{t['faultless_interval'][0]:.0%} to {t['faultless_interval'][1]:.0%})."
-        )
-    said.append(
-        f"This run used {n} prompts from {seen} scenarios: a true difference under about {points:.0f} points "
-        "would often stay unseen, and single stakeholders are less certain still."
-    )
-    return [*said, "The measures check form and figures. Whether an answer is wise or useful, only people can say."]
+    both = [facts["totals"][s] for s in ("tuned", "base")]
+    right = [f"{t['grounded']} of {t['numbers']}" for t in both]
+    low, high = both[0]["faultless_interval"]
+    unseen = _list(named["cannot tell"], "; these prompts cannot tell the two apart on", "")
+    blind = ", ".join(f"{p['criterion']} {p['tuned']} against {p['base']}" for p in facts["people"])
+    return [
+        f"The tuned model is {good}; it is {_list(named['worse'], 'clearly worse on', 'clearly worse on none')}.",
+        f"Of the figures that it wrote, {right[0]} stand in the prompt; of the base model's, {right[1]}.",
+        f"{both[0]['faultless']} of its {both[0]['answers']} answers passed every check (95 % interval: {low:.0%} to "
+        f"{high:.0%}), of the base model's {both[1]['faultless']}.",
+        f"This run used {facts['prompts']} prompts from {facts['scenarios']} scenarios, so a true difference under "
+        f"about {100 * facts['smallest_visible_difference']:.0f} points would often stay unseen, single stakeholders "
+        f"are less certain still{unseen}.",
+        f"{f'Compared blind, tuned won against base: {blind}' if blind else 'Nobody has rated these answers yet'}; the "
+        "checks see form and figures, and whether an answer is wise or useful, only people can say.",
+    ]
 
 
 def _list(names: Sequence[str], some: str, none: str) -> str:
@@ -108,6 +117,8 @@ def faults(line: Mapping[str, Any]) -> list[str]:
     for m in line["invented"]:
         near = f"; nearest in the prompt: {m['nearest']}" if m["nearest"] else ""
         said.append(f"states {m['text']}: {m['reason']}{near}")
+    said += [f"speaks of {about} without data" for about in line.get("claims") or []]
+    said += [f"says the wrong direction: {words}" for words in line.get("wrong_way") or []]
     said += [f"section missing or empty: {', '.join(line['missing'])}"] if line["missing"] else []
     said += ["sections repeated or out of order"] if not line["missing"] and not line["has_sections"] else []
     few = [f"{name} {n}" for name, n in line["items"].items() if name not in line["missing"]]
@@ -148,14 +159,16 @@ def marked(scores: pd.DataFrame, texts: Mapping, row_id: str, system: str) -> li
 
 
 def _pair(scores: pd.DataFrame, texts: Mapping, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"row": row, **{s: marked(scores, texts, row["id"], s) for s in ("base", "tuned")}}
+    """Every system's answer to one row, base and tuned first."""
+    systems = sorted(set(scores["system"]), key=lambda s: (s != "base", s != "tuned", s))
+    return {"row": row, "said": {s: marked(scores, texts, row["id"], s) for s in systems}}
 
 
 def _cost(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line per stage of the record: seconds, peak memory (MB) and what it wrote (name, MB)."""
+    """One line per stage of the record: seconds, peak memory (MB) and what it wrote (name, MB, sha256)."""
     return [
         {"stage": name, "time": clock(s["seconds"]), "peak_mb": s.get("peak_mb"),
-         "files": [(file, about["bytes"] / 1e6) for file, about in s.get("outputs", {}).items()]}
+         "files": [(file, about["bytes"] / 1e6, about.get("sha256")) for file, about in s.get("outputs", {}).items()]}
         for name, s in record.get("stages", {}).items()
     ]  # fmt: skip
 
