@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stakelib.models import Rendered
-from stakelib.models.shapes import config_of
+from stakelib.models import Rendered, config_of
 
 
 def random_model(name: str, folder: Path, dtype: str | None = None) -> Path:

@@ -19,16 +19,14 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
     """System, processor, cores, memory (GB: total, free) and free disk (GB) at `folder`. Loads no heavy library."""
     import psutil
 
-    memory = psutil.virtual_memory()
+    memory, place = psutil.virtual_memory(), (folder or Path.cwd()).resolve()
+    place = next(p for p in (place, *place.parents) if p.exists())
     return {
-        "system": _system(),
-        "processor": _processor(),
+        "system": _system(), "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "ram_gb": round(memory.total / 2**30, 1),
-        "ram_free_gb": round(memory.available / 2**30, 1),
-        "disk_free_gb": round(shutil.disk_usage(_existing(folder or Path.cwd())).free / 2**30, 1),
-        "python": platform.python_version(),
-    }
+        "ram_gb": round(memory.total / 2**30, 1), "ram_free_gb": round(memory.available / 2**30, 1),
+        "disk_free_gb": round(shutil.disk_usage(place).free / 2**30, 1),
+        "python": platform.python_version()}
 
 
 def is_apple_silicon() -> bool:
@@ -82,8 +80,7 @@ def precision() -> tuple[str, str]:
     if half > 1.5 * full:
         return (
             "bfloat16",
-            f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)",
-        )
+            f"this machine multiplies bf16 {half / full:.1f}x as fast as fp32 ({half:.0f} against {full:.0f} GFLOP/s)")
     return "float32", f"bf16 brings nothing here ({half:.0f} against {full:.0f} GFLOP/s for fp32)"
 
 
@@ -98,11 +95,6 @@ def matmul_gflops(dtype: str, size: int = 768, seconds: float = 0.3) -> float:
         a @ a
         done += 1
     return 2 * size**3 * done / spent / 1e9
-
-
-def _existing(folder: Path) -> Path:
-    folder = Path(folder).resolve()
-    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def _system() -> str:

@@ -6,13 +6,15 @@ hollow circle and tuned a blue filled one, so that shape tells them apart withou
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ INK, GREY, BASE, TUNED, WARN, GREEN = "#1b1f24", "#d5d9de", "#6b7280", "#0072B2"
 FLEET = {"coal": "#3a3a3a", "gas": "#8c8c8c", "diesel": "#b08a5b", "hfo": "#7d5a3c", "nuclear": "#CC79A7",
          "hydro": "#0072B2", "geothermal": "#b5463c", "biomass": "#5a7d2a", "wind": "#56B4E9", "solarPV": "#E69F00",
          "solarCSP": "#D55E00", "battery": "#009E73", "pumpStorage": "#66c2a5", "interconnector": "#d5d9de"}
+NATS = "nats per token\n(lower is better)"
 LOOK = {"base": {"color": BASE, "markerfacecolor": "white"}, "tuned": {"color": TUNED, "markerfacecolor": TUNED}}
 
 
@@ -45,19 +48,26 @@ def chart_class() -> type:
     return Chart
 
 
-def _chart(title: str, alt: str, rows: int = 1, cols: int = 1, size: tuple = (7, 3.2), **kw: Any) -> tuple:
-    """A Chart with a left-aligned title and quiet axes; returns (chart, array of axes with shape (rows, cols))."""
+def _chart(title: str, alt: str, cols: int = 1, size: tuple = (7, 3.2), **kw: Any) -> tuple[Any, list[Any]]:
+    """A Chart with a left-aligned title and quiet axes; returns (chart, its axes)."""
     chart = chart_class()(figsize=size, layout="constrained")
     chart.alt = f"{title}. {alt}"
     lines = textwrap.fill(title, int(11 * size[0]))
     money = {"parse_math": False}  # a "$" in a scenario name is money, not mathematics
     chart.suptitle(lines, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, **money)
-    axes = chart.subplots(rows, cols, squeeze=False, **kw)
-    for axis in axes.flat:
+    axes = list(chart.subplots(1, cols, squeeze=False, **kw).flat)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)
         axis.tick_params(colors=INK, labelsize=9, length=0)
     return chart, axes
+
+
+def _grid(axis: Axes, counts: Sequence[Sequence[int]], most: float, across: Sequence[str], down: Sequence[str]) -> None:
+    """Counts as a field of blues, the darkest at `most`; the numbers in it are left to the caller."""
+    axis.imshow(counts, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    axis.set_xticks(range(len(across)), across)
+    axis.set_yticks(range(len(down)), down)
 
 
 def loss_curve(result: Mapping[str, Any]) -> Any:
@@ -69,17 +79,14 @@ def loss_curve(result: Mapping[str, Any]) -> Any:
     best = min(points["valid_loss"], key=lambda p: p[1], default=None)
     first = points["valid_loss"][0] if best else None
     title = f"Validation loss went from {first[1]:.2f} to {best[1]:.2f}" if best else "Training loss"
-    chart, axes = _chart(title, f"Best at step {best[0]}." if best else "No validation yet.")
-    axis = axes[0, 0]
+    chart, (axis,) = _chart(title, f"Best at step {best[0]}." if best else "No validation yet.")
     lines = (("train_loss", "training", {"color": BASE, "lw": 1}),
              ("valid_loss", "validation", {"color": TUNED, "lw": 2, "marker": "o", "ms": 4}))  # fmt: skip
     for key, label, style in lines:
         axis.plot([step for step, _ in points[key]], [loss for _, loss in points[key]], label=label, **style)
     if best:
         axis.plot(*best, marker="o", ms=11, mfc="none", mec=WARN, mew=2, ls="none", label=f"best, step {best[0]}")
-    axis.set_xlabel("optimiser step")
-    axis.set_ylabel("loss (nats per token)")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="optimiser step", ylabel="loss (nats per token)", ylim=(0, None))
     axis.grid(axis="y", color=GREY, lw=0.6)
     axis.legend(frameon=False, fontsize=9)
     return chart
@@ -89,14 +96,12 @@ def trend(values: Mapping[float, float], what: str) -> Any:
     """Best validation loss (nats per token) over settings that differ by factors; `what` names them ("rows")."""
     best = min(values, key=values.__getitem__)
     told = "; ".join(f"{x:g}: {loss:.2f}" for x, loss in values.items())
-    chart, axes = _chart(f"Lowest validation loss: {values[best]:.2f}, with {what} {best:g}", told, size=(7, 2.8))
-    axis = axes[0, 0]
+    chart, (axis,) = _chart(f"Lowest validation loss: {values[best]:.2f}, with {what} {best:g}", told, size=(7, 2.8))
     axis.plot(list(values), list(values.values()), marker="o", lw=2, color=TUNED, clip_on=False)
-    axis.set_xscale("log")
+    axis.set(xscale="log", xlabel=what)
     axis.set_xticks(list(values), [f"{x:g}" for x in values])
     axis.minorticks_off()
-    axis.set_xlabel(what)
-    axis.set_ylabel("nats per token\n(lower is better)", fontsize=9)
+    axis.set_ylabel(NATS, fontsize=9)
     return chart
 
 
@@ -105,8 +110,7 @@ def lengths(counts: Sequence[int], limit: int) -> Any:
     over = sum(n > limit for n in counts)
     title = f"{over} of {len(counts)} rows are longer than {limit:,} tokens" if over else (
         f"All {len(counts)} rows fit: the longest has {max(counts):,} of {limit:,} tokens")  # fmt: skip
-    chart, axes = _chart(title, f"Histogram of tokens per row, from {min(counts)} to {max(counts)}.", size=(7, 2.8))
-    axis = axes[0, 0]
+    chart, (axis,) = _chart(title, f"Histogram of tokens per row, from {min(counts)} to {max(counts)}.", size=(7, 2.8))
     steps = range(math.ceil(max(*counts, limit) / limit * 40) + 1)  # 40 bars up to the limit, which is an edge
     _, edges, bars = axis.hist(counts, bins=[limit * i / 40 for i in steps], color=TUNED, edgecolor="white", lw=0.5)
     for edge, bar in zip(edges, bars, strict=False):
@@ -115,31 +119,26 @@ def lengths(counts: Sequence[int], limit: int) -> Any:
     axis.axvline(limit, color=WARN, lw=2, ls="--")
     axis.annotate(f"limit {limit:,}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), color=WARN,
                   ha="right", va="bottom", textcoords="offset points", fontsize=9)  # fmt: skip
-    axis.set_xlim(0, max(limit, max(counts)) * 1.03)
-    axis.set_xlabel("tokens per row (prompt and reply)")
-    axis.set_ylabel("rows")
+    axis.set(xlim=(0, max(limit, *counts) * 1.03), xlabel="tokens per row (prompt and reply)", ylabel="rows")
     return chart
 
 
-def coverage(rows: Sequence[Mapping[str, Any]], by: str = "stakeholder", across: str = "split") -> Any:
-    """Grid of row counts, e.g. stakeholder by split; empty cells stand out, because a gap is what to look for."""
-    down = list(dict.fromkeys(r[by] for r in rows))
-    order = {"train": 0, "valid": 1, "test": 2}
-    right = sorted(dict.fromkeys(r[across] for r in rows), key=lambda v: (order.get(v, 3), str(v)))
-    counts = [[sum(r[by] == d and r[across] == a for r in rows) for a in right] for d in down]
+def coverage(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Grid of row counts, stakeholder by split; empty cells stand out, because a gap is what to look for."""
+    found = Counter((r["stakeholder"], r["split"]) for r in rows)
+    down = list(dict.fromkeys(name for name, _ in found))
+    right = [s for s in ("train", "valid", "test") if any(split == s for _, split in found)]
+    counts = [[found[name, split] for split in right] for name in down]
     empty = sum(n == 0 for line in counts for n in line)
-    title = f"{len(rows)} rows: " + (f"{empty} empty cells" if empty else f"every {by} in every {across}")
-    told = "; ".join(f"{d}: {', '.join(f'{n} {a}' for n, a in zip(line, right, strict=True))}"
-                     for d, line in zip(down, counts, strict=True))  # fmt: skip
-    chart, axes = _chart(title, told, size=(min(3 + 1.1 * len(right), 12), 1 + 0.32 * len(down)))
-    axis, most = axes[0, 0], max(max(line) for line in counts)
-    axis.imshow(counts, cmap="Blues", vmin=0, vmax=most * 1.4, aspect="auto")
-    for y, line in enumerate(counts):
-        for x, n in enumerate(line):
-            style = {"color": "white" if n > 0.85 * most else INK} if n else {"color": WARN, "fontweight": "bold"}
-            axis.text(x, y, n, ha="center", va="center", fontsize=9, **style)
-    axis.set_xticks(range(len(right)), right)
-    axis.set_yticks(range(len(down)), down)
+    title = f"{len(rows)} rows: " + (f"{empty} empty cells" if empty else "every stakeholder in every split")
+    told = "; ".join(f"{name}: " + ", ".join(f"{found[name, s]} {s}" for s in right) for name in down)
+    chart, (axis,) = _chart(title, told, size=(min(3 + 1.1 * len(right), 12), 1 + 0.32 * len(down)))
+    most = max(found.values())
+    _grid(axis, counts, most * 1.4, right, down)
+    for (y, name), (x, split) in product(enumerate(down), enumerate(right)):
+        n = found[name, split]
+        style = {"color": "white" if n > 0.85 * most else INK} if n else {"color": WARN, "fontweight": "bold"}
+        axis.text(x, y, n, ha="center", va="center", fontsize=9, **style)
     axis.xaxis.tick_top()
     axis.spines[:].set_visible(False)
     return chart
@@ -155,8 +154,7 @@ def _dumbbell(axis: Axes, y: float, pair: Mapping[str, tuple[float, float | None
 
 def _percent_axis(axis: Axes, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlim(0, 100)
+    axis.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
     axis.set_xticks([0, 50, 100], ["0", "50", "100 %"])
     axis.tick_params(axis="y", pad=9)  # room for a marker that sits on 0 %
     axis.grid(axis="x", color=GREY, lw=0.6)
@@ -169,8 +167,7 @@ def base_vs_tuned(comparison: pd.DataFrame) -> Any:
     tally = {v: sum(c["verdict"] == v for c in lines) for v in ("better", "worse", "cannot tell")}
     title = "Tuned against base: better on {better}, worse on {worse}, unclear on {cannot tell}".format_map(tally)
     told = "; ".join(f"{c['label']}: {c['base']:.0%} to {c['tuned']:.0%}, {c['verdict']}" for c in lines)
-    chart, axes = _chart(title, told, size=(7.5, 1.1 + 0.5 * len(lines)))
-    axis = axes[0, 0]
+    chart, (axis,) = _chart(title, told, size=(7.5, 1.1 + 0.5 * len(lines)))
     for y, c in enumerate(lines):
         _dumbbell(axis, y, {s: (c[s], c[f"{s}_low"], c[f"{s}_high"]) for s in ("base", "tuned")})
         colour, at = {"better": GREEN, "worse": WARN}.get(c["verdict"], BASE), ("axes fraction", "data")
@@ -192,9 +189,9 @@ def per_stakeholder(table: pd.DataFrame) -> Any:
     worst = table[table["system"] == "tuned"].groupby("stakeholder")["value"].mean()
     chart, axes = _chart(
         f"By stakeholder: at most {int(table['n'].max())} prompts each, so single voices are uncertain",
-        f"Lowest tuned average over the panels: {worst.idxmin()}." if len(worst) else "", 1, len(labels),
+        f"Lowest tuned average over the panels: {worst.idxmin()}." if len(worst) else "", len(labels),
         size=(2.2 + 1.9 * len(labels), 3.6), sharey=True)  # fmt: skip
-    for axis, label in zip(axes[0], labels, strict=True):
+    for axis, label in zip(axes, labels, strict=True):
         for y, name in enumerate(names):
             part = table[(table["label"] == label) & (table["stakeholder"] == name)].set_index("system")
             known = [s for s in ("base", "tuned") if s in part.index]
@@ -202,7 +199,7 @@ def per_stakeholder(table: pd.DataFrame) -> Any:
         axis.set_title(textwrap.fill(label, 17), fontsize=9.5, loc="left", color=INK)
         _percent_axis(axis, names)
     chart.get_layout_engine().set(wspace=0.08)
-    chart.legend(*_one_each(axes[0, 0]), loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    chart.legend(*_one_each(axes[0]), loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     return chart
 
 
@@ -210,18 +207,16 @@ def fits(table: pd.DataFrame, free_gb: float) -> Any:
     """Memory that each model and precision of a plan's table needs, against what is free; hours where it fits."""
     names = [f"{x.model} · {x.precision}" for x in table.itertuples()]
     title = f"{int(table.fits.sum())} of {len(table)} ways fit into {free_gb:.0f} GB of free memory"
-    chart, axes = _chart(title, "Bars of GB needed: " + "; ".join(map("{} {:.1f}".format, names, table.GB)) + ".",
-                         size=(7, 1 + 0.24 * len(table)))  # fmt: skip
-    axis = axes[0, 0]
+    told = "Bars of GB needed: " + "; ".join(map("{} {:.1f}".format, names, table.GB)) + "."
+    chart, (axis,) = _chart(title, told, size=(7, 1 + 0.24 * len(table)))
     axis.barh(range(len(table)), table.GB, color=[TUNED if ok else GREY for ok in table.fits])
     for y, (gb, time_h) in enumerate(zip(table.GB, table.hours, strict=True)):
         told = f" {gb:.1f} GB" + (f", {time_h:.1f} h" if time_h == time_h else "")  # no hours: NaN
         axis.annotate(told, (min(gb, 2 * free_gb), y), va="center", fontsize=8, color=INK)
     axis.axvline(free_gb, color=WARN, lw=2, ls="--")
     axis.set_yticks(range(len(table)), names)
-    axis.set_xlim(0, 2.4 * free_gb)
+    axis.set(xlim=(0, 2.4 * free_gb), xlabel="GB needed for the longest row (dashed: free here)")
     axis.invert_yaxis()
-    axis.set_xlabel("GB needed for the longest row (dashed: free here)")
     return chart
 
 
@@ -231,13 +226,12 @@ def sizes(files: Mapping[str, int]) -> Any:
     told = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in ordered)
     (big, most), (small, least) = ordered[0], ordered[-1]
     title = f"{small} is {least / most:.0%} of {big}" if least < most else "File sizes"
-    chart, axes = _chart(title, told, size=(7, 0.9 + 0.38 * len(ordered)))
-    bars = axes[0, 0].barh([n for n, _ in ordered], [s / 1e6 for _, s in ordered], color=TUNED, height=0.6)
+    chart, (axis,) = _chart(title, told, size=(7, 0.9 + 0.38 * len(ordered)))
+    bars = axis.barh([n for n, _ in ordered], [s / 1e6 for _, s in ordered], color=TUNED, height=0.6)
     told_mb = [f"{s / 1e6:,.{0 if s >= 1e7 else 1}f} MB" for _, s in ordered]
-    axes[0, 0].bar_label(bars, told_mb, padding=4, fontsize=9, color=INK)
-    axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlim(0, most / 1e6 * 1.15)
-    axes[0, 0].set_xlabel("megabytes")
+    axis.bar_label(bars, told_mb, padding=4, fontsize=9, color=INK)
+    axis.set(xlim=(0, most / 1e6 * 1.15), xlabel="megabytes")
+    axis.invert_yaxis()
     return chart
 
 
@@ -246,11 +240,11 @@ def hops(nll: Mapping[str, float]) -> Any:
     told = ", ".join(f"{name} {value:.3f}" for name, value in nll.items())
     moved = {name: abs(value - nll["adapter"]) for name, value in nll.items()}
     title = f"Up to q8, which ships, the model moved by {max(moved['merged'], moved['f16'], moved['q8']):.3f} nats"
-    chart, axes = _chart(f"{title}; q4 by {moved['q4']:.3f}", told, size=(7, 2.8))
-    axis, places = axes[0, 0], range(len(nll))
+    chart, (axis,) = _chart(f"{title}; q4 by {moved['q4']:.3f}", told, size=(7, 2.8))
+    places = range(len(nll))
     axis.plot(places, list(nll.values()), marker="o", lw=2, color=TUNED, clip_on=False)
     axis.set_xticks(places, list(nll), fontsize=9)
-    axis.set_ylabel("nats per token\n(lower is better)", fontsize=9)
+    axis.set_ylabel(NATS, fontsize=9)
     axis.set_ylim(0, max(nll.values()) * 1.2)
     for place, value in zip(places, nll.values(), strict=True):
         axis.annotate(f"{value:.3f}", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
@@ -262,20 +256,16 @@ def cells(scenarios: Sequence[Any]) -> Any:
     found = [s.metadata.cell for s in scenarios if s.metadata.cell]
     if not found:
         return _chart("Your own scenarios: they are not sampled from cells", "no cells", size=(7, 0.6))[0]
-    across = sorted({c["geography"] for c in found})
-    down = sorted({(c["mix"], c["ambition"]) for c in found})
-    table = [[sum((c["mix"], c["ambition"]) == row and c["geography"] == g for c in found) for g in across]
-             for row in down]  # fmt: skip
-    filled = sum(n > 0 for row in table for n in row)
-    told = f"{len(found)} scenarios fill {filled} of {len(down) * len(across)} cells"
-    chart, axes = _chart(told, told, size=(7, 0.6 + 0.24 * len(down)))
-    axis = axes[0, 0]
-    axis.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=max(5, *map(max, table)))
-    axis.set_xticks(range(len(across)), [textwrap.fill(g, 14) for g in across], fontsize=8)
-    axis.set_yticks(range(len(down)), [f"{mix}, {ambition}" for mix, ambition in down], fontsize=8)
-    for y, row in enumerate(table):
-        for x, n in enumerate(row):
-            axis.text(x, y, n or "", ha="center", va="center", fontsize=8, color=INK if n < 3 else "white")
+    counts = Counter(((c["mix"], c["ambition"]), c["geography"]) for c in found)
+    down, across = (sorted({at[axis] for at in counts}) for axis in (0, 1))
+    told = f"{len(found)} scenarios fill {len(counts)} of {len(down) * len(across)} cells"
+    chart, (axis,) = _chart(told, told, size=(7, 0.6 + 0.24 * len(down)))
+    table = [[counts[row, place] for place in across] for row in down]
+    _grid(axis, table, max(5, *counts.values()), [textwrap.fill(g, 14) for g in across], list(map(", ".join, down)))
+    axis.tick_params(labelsize=8)
+    for (row, place), n in counts.items():
+        x, y, colour = across.index(place), down.index(row), INK if n < 3 else "white"
+        axis.text(x, y, n, ha="center", va="center", fontsize=8, color=colour)
     return chart
 
 
@@ -285,8 +275,8 @@ def fleet(scenario: Any) -> Any:
     table = {year: {t: mw for t, mw in row if mw} for year, row in fleets}
     techs = [t for t in FLEET if any(t in row for row in table.values())]
     told = "; ".join(f"{y}: " + ", ".join(f"{t} {row[t]:,.0f}" for t in techs if t in row) for y, row in table.items())
-    chart, axes = _chart(f"The fleet of {scenario.metadata.country}, MW", told or "no fleet table", size=(7, 2.8))
-    axis, below = axes[0, 0], [0.0] * len(table)
+    chart, (axis,) = _chart(f"The fleet of {scenario.metadata.country}, MW", told or "no fleet table", size=(7, 2.8))
+    below = [0.0] * len(table)
     for tech in techs:
         height = [row.get(tech, 0.0) for row in table.values()]
         axis.bar([str(y) for y in table], height, bottom=below, color=FLEET[tech], label=tech, width=0.6)
@@ -295,65 +285,47 @@ def fleet(scenario: Any) -> Any:
     return chart
 
 
-def bold(escaped: str) -> str:
-    """Escaped text with **words** as bold HTML."""
-    return re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", escaped)
+@cache
+def _html() -> Any:
+    """The macros of plots.html.j2: what they are given is escaped, and **headings** become bold."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    pages.filters["bold"] = lambda text: Markup(re.sub(r"\*\*([^*\n]+)\*\*", r"<b>\1</b>", str(escape(text))))
+    return pages.get_template("plots.html.j2").module
 
 
 def panel(texts: Mapping[str, str]) -> str:
     """HTML: one card per title with its text, escaped; line breaks are kept, and **headings** are bold."""
-    cards = "".join(
-        f'<section style="border:1px solid {GREY};border-radius:6px;padding:8px 12px">'
-        f'<h4 style="margin:0 0 6px">{html.escape(title)}</h4>'
-        f'<div style="white-space:pre-wrap;font-size:90%">{bold(html.escape(text.strip())) or "(nothing)"}</div>'
-        "</section>"
-        for title, text in texts.items()
-    )
-    columns = "repeat(auto-fit,minmax(280px,1fr))"
-    return f'<div style="display:grid;grid-template-columns:{columns};gap:10px">{cards}</div>'
+    return str(_html().panel(texts))
 
 
 def side_by_side(asked: Sequence[Mapping[str, str]]) -> str:
     """HTML: each prompt, then the base model's answer beside the tuned one's."""
-    return "".join(
-        f'<details style="margin-top:12px"><summary>{html.escape(a["prompt"].strip().splitlines()[0])}</summary>'
-        f'<pre style="white-space:pre-wrap">{html.escape(a["prompt"])}</pre></details>'
-        + panel({"base": a["base"], "tuned": a["tuned"]})
-        for a in asked
-    )
+    return str(_html().side_by_side(asked))
 
 
 def tokens_html(pieces: Sequence[str], mask: Sequence[int]) -> str:
     """The text of one row as tokens, those the model is trained on (mask 1) green and underlined; HTML is escaped."""
-    spans = []
-    for piece, trained in zip(pieces, mask, strict=True):
-        shown = html.escape(piece).replace("\n", "&#8629;\n")
-        style = "background:#cfeadf;border-bottom:2px solid #007a5a" if trained else "background:#eceef1"
-        spans.append(f'<span style="{style};color:#1b1f24;margin-right:1px;border-radius:2px">{shown}</span>')
-    key = f"{sum(map(bool, mask))} of {len(mask)} tokens are trained on (green, underlined); grey ones are only read."
-    text = f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
-    return f'<figure style="margin:0"><figcaption>{key}</figcaption>{text}</figure>'
+    return str(_html().tokens(list(zip(pieces, mask, strict=True)), sum(map(bool, mask))))
 
 
 def emissions_and_share(scenario: Any) -> Any:
     """A scenario's renewable share of generation (%) and emissions (Mt CO2) over its milestones; gaps stay gaps."""
     years = [m.year for m in scenario.milestones]
     share = [math.nan if m.reShare is None else m.reShare for m in scenario.milestones]
-    carbon = [getattr(m.emissions, "total", None) for m in scenario.milestones]
-    carbon = [math.nan if c is None else c for c in carbon]
+    carbon = [getattr(m.emissions, "total", math.nan) for m in scenario.milestones]
     name = f"{scenario.metadata.country}, {scenario.metadata.scenarioName}"
     points = [f"{y}: {s:g} %, {c:g} Mt CO2" for y, s, c in zip(years, share, carbon, strict=True)]
     told = "; ".join(points).replace("nan", "unknown")
-    chart, axes = _chart(name, told, 1, 2, size=(7, 2.8))
+    chart, axes = _chart(name, told, 2, size=(7, 2.8))
     panels = (("renewable share of generation (%)", share, GREEN, 100), ("emissions (Mt CO2)", carbon, WARN, None))
-    for axis, (label, values, colour, top) in zip(axes[0], panels, strict=True):
+    for axis, (label, values, colour, top) in zip(axes, panels, strict=True):
         axis.plot(years, values, marker="o", lw=2, color=colour, clip_on=False)
         axis.set_title(label, fontsize=9.5, loc="left", color=INK, pad=12)
-        axis.set_xticks(years)
-        known = [v for v in values if not math.isnan(v)]
-        axis.set_ylim(0, top or max([*known, 1e-9]) * 1.15)
-        pad = 0.16 * (max(years) - min(years) or 1)
-        axis.set_xlim(min(years) - pad, max(years) + pad)
+        known, pad = [v for v in values if not math.isnan(v)], 0.16 * (max(years) - min(years) or 1)
+        axis.set(xticks=years, xlim=(min(years) - pad, max(years) + pad), ylim=(0, top or max([*known, 1e-9]) * 1.15))
         side = -1 if known and known[-1] >= known[0] else 1  # labels go where the line is not
         where = {"xytext": (5 * side, 5), "ha": "right" if side < 0 else "left", "textcoords": "offset points"}
         for year, value in zip(years, values, strict=True):

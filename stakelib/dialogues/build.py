@@ -11,8 +11,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from stakelib.dialogues.formats import completion_text, prompt_text
-from stakelib.dialogues.numbers import mentions
-from stakelib.dialogues.tasks import Reply, enhance_pair, enhance_template, question_text, voice_pair
+from stakelib.dialogues.tasks import Reply, Situation, Told, enhance_pair, enhance_template, question_text, voice_pair
 from stakelib.run import CourseError
 from stakelib.scenarios import Scenario, country_profile, derive_metrics, scenario_id
 from stakelib.scenarios.metrics import METRICS
@@ -98,13 +97,13 @@ def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = N
         enhance_template(checkout)  # a wrong folder is said now
     kinds: list[tuple[str, _Row, Mapping[str, int]]] = [
         ("", _dialogue, mix), ("asked", _asked, mix_for(asked)),
-        ("enhance", partial(_enhance, reply=reply, tool=checkout), mix_for(enhance)), ("voice", _voice, mix_for(voice))]
+        ("enhance", partial(enhance_pair, reply=reply, tool=checkout), mix_for(enhance)),
+        ("voice", voice_pair, mix_for(voice))]
     return [row for kind, make, rows in kinds for name in STAKEHOLDERS
             for row in _rows(scenarios, name, rows.get(name, 0), kind, make, seed)]
 
 
-Situation = tuple[Scenario, str, str, str]
-_Row = Callable[[Situation, list[str], int], dict[str, object]]
+_Row = Callable[[Situation, list[str], int], Told]
 
 
 def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make: _Row, seed: int) -> list[Dialogue]:
@@ -124,35 +123,20 @@ def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make:
         told, keys = scenario, brief(scenario, name, context, variant, at)
         if kind in THIN and j % THIN[kind] == THIN[kind] - 1:
             told, keys = first_share(scenario), ["re_share"]
-        row = make((told, name, context, variant), keys, at)
-        rows.append(Dialogue(id=f"{key}.{turn}", stakeholder=STAKEHOLDERS[name].name, stakeholder_id=name,
-                             scenario=scenario.metadata.scenarioName, scenario_id=scenario_id(scenario),
-                             country=scenario.metadata.country, context=context, variant=variant,
-                             task=kind if kind in ("enhance", "voice") else "dialogue", **row))
+        prompt, completion, facts = make((told, name, context, variant), keys, at)
+        rows.append(Dialogue(
+            id=f"{key}.{turn}", prompt=prompt, completion=completion, facts=facts, stakeholder_id=name,
+            stakeholder=STAKEHOLDERS[name].name, scenario=scenario.metadata.scenarioName, context=context,
+            scenario_id=scenario_id(scenario), country=scenario.metadata.country, variant=variant,
+            task=kind if kind in ("enhance", "voice") else "dialogue"))
     return rows
 
 
-def _dialogue(situation: Situation, keys: list[str], seed: int) -> dict[str, object]:
+def _dialogue(situation: Situation, keys: list[str], seed: int) -> Told:
     response = respond(*situation, seed=seed, keys=keys)
-    return {"prompt": prompt_text(*situation, keys), "completion": completion_text(response), "facts": response.facts}
+    return prompt_text(*situation, keys), completion_text(response), response.facts
 
 
-def _asked(situation: Situation, keys: list[str], seed: int) -> dict[str, object]:
+def _asked(situation: Situation, keys: list[str], seed: int) -> Told:
     keys = keys[:4]  # nobody asks with a page of figures
-    question = question_text(*situation, keys, random.Random(f"asked-{seed}-{situation[1:]}"))
-    return {**_dialogue(situation, keys, seed), "prompt": question}
-
-
-def _enhance(situation: Situation, keys: list[str], seed: int, reply: Reply, tool: Path | None) -> dict[str, object]:
-    return _used(*enhance_pair(*situation, keys, seed, reply, tool))
-
-
-def _voice(situation: Situation, keys: list[str], seed: int) -> dict[str, object]:
-    return _used(*voice_pair(*situation[:3], keys, seed))
-
-
-def _used(prompt: str, completion: str, facts: Sequence[Fact]) -> dict[str, object]:
-    """Only those facts that the completion states, each once."""
-    said = {(m.unit, round(m.value, 6)) for m in mentions(completion)}
-    kept = {(f.metric, f.year): f for f in facts if (f.unit, round(f.value, 6)) in said}
-    return {"prompt": prompt, "completion": completion, "facts": list(kept.values())}
+    return question_text(situation, keys, seed), *_dialogue(situation, keys, seed)[1:]

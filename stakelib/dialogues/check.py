@@ -6,7 +6,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.dialogues.formats import HEADINGS
@@ -19,19 +22,9 @@ MAX_COMPLETION, MAX_ROW = 400, 1536  # tokens
 MAX_WORDS = 200  # of an enhanced response: the tool's prompt asks for it
 NEAR, SHORT = 0.8, 60  # share of common runs of three words (Jaccard) that makes two texts one; runs in a short text
 COUNTS = {"Appreciates": (2, 4), "Concerns": (2, 4), "Questions": (3, 5), "Engagement Tips": (2, 3)}
-CONTROL = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:bos|eos|pad|unk|mask)>|<(?:start|end)_of_turn>|<unused\d+>|\[/?INST\]"
-                     r"|<</?SYS>>", re.I)
-BANNED = re.compile(r"\bLCOE\b|levelised cost|levelized cost|\btariffs?\b|\breserve margins?\b", re.I)
-# the tool throws a voice away that holds one of these: signs of an echoed prompt
-ECHO = re.compile(r'Voice:|Examples:|Scenario:|Response: "|Write your response now|Now respond to this scenario'
-                  r"|would respond", re.I)
-# a word of these needs a line of data in the prompt; a question may ask about the second kind without
-FUELS = {"coal": "Coal", "gas": "Gas", "diesel": "Diesel", "fuel oil": "Fuel Oil", "geothermal": "Geothermal",
-         "biomass": "Biomass", "hydro": "Hydro", "wind": "(?:Wind|Solar and Wind)",
-         "solar": "(?:Solar PV|Solar and Wind)", "nuclear": "Nuclear"}
-ASKABLE = {"storage": "Storage", "interconnect(?:or|ors|ion|ions)": "Interconnector", "peak demand": "Peak Demand",
-           "jobs": "(?:Jobs|Permanent Jobs)", "emissions": "Emissions", "investment of": "(?:Yearly )?Investment",
-           "imports of": "Imports", "land of": "New Land"}
+_TABLES = yaml.safe_load(files(__package__).joinpath("check.yaml").read_text(encoding="utf-8"))
+CONTROL, BANNED, ECHO = (re.compile(_TABLES[name], re.I) for name in ("control", "banned", "echo"))
+FUELS, ASKABLE, DECIDING = (_TABLES[name] for name in ("fuels", "askable", "deciding"))
 BACKED = {**FUELS, **ASKABLE}
 
 
@@ -159,24 +152,12 @@ def _structure(row: Dialogue) -> list[str]:
 
 def _conditioned(row: Dialogue) -> list[str]:
     """All that decides the wording stands in the prompt; a voice has no stance there, so it is always pragmatic."""
-    profile = STAKEHOLDERS[row.stakeholder_id]
-    bullets = {"country": f"- Country: {row.country}", "scenario": f"- Scenario: {row.scenario}"}
-    if row.task == "enhance":
-        wanted = bullets | {"stakeholder": f"- Name: {profile.name}", "context": f'"context": "{row.context}"',
-                            "variant": f'"variant": "{row.variant}"', "priorities": ", ".join(profile.priorities)}
-    elif row.task == "voice":
-        wanted = bullets | {"stakeholder": f"You are {profile.name}.", "context": f"- Context: {row.context}",
-                            "priorities": ", ".join(profile.priorities[:2])}
-        wanted |= {} if row.variant == "pragmatic" else {"variant": f"Stance: {row.variant}"}
-    elif "**Scenario Context**" in row.prompt:
-        wanted = bullets | {"stakeholder": f"simulating a {profile.name} stakeholder",
-                            "context": f"- Development Context: {row.context}",
-                            "variant": f"- Stakeholder Stance: {row.variant}",
-                            "priorities": ", ".join(profile.priorities)}
-    else:  # the free-form question
-        wanted = {"stakeholder": profile.name, "country": row.country, "scenario": f'scenario "{row.scenario}"',
-                  "context": row.context, "variant": row.variant}
-    return [f"the prompt lacks its {what}" for what, text in wanted.items() if text not in row.prompt]
+    profile, stance = STAKEHOLDERS[row.stakeholder_id], row.task != "voice" or row.variant != "pragmatic"
+    kind = "question" if row.task == "dialogue" and "**Scenario Context**" not in row.prompt else row.task
+    told = {"row": row, "name": profile.name, "priorities": ", ".join(profile.priorities),
+            "first_two": ", ".join(profile.priorities[:2])}
+    return [f"the prompt lacks its {what}" for what, text in DECIDING[kind].items()
+            if (stance or what != "variant") and text.format(**told) not in row.prompt]
 
 
 def absent(text: str, prompt: str, words: Mapping[str, str] = BACKED) -> list[str]:
@@ -234,11 +215,10 @@ def _duplicates(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
 
 def _leakage(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
     """A scenario in one split only; a test country in test only."""
-    splits: dict[str, set[str]] = {}
-    homes: dict[str, set[str]] = {}
+    splits, homes = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for row in rows:
-        splits.setdefault(row.scenario_id, set()).add(row.split)
-        homes.setdefault(row.country, set()).add(row.split)
+        splits[row.scenario_id].add(row.split)
+        homes[row.country].add(row.split)
     out = [(r, f"scenario in {sorted(splits[r.scenario_id])}") for r in rows if len(splits[r.scenario_id]) > 1]
     return out + [(r, f"test country also in {sorted(homes[r.country] - {'test'})}") for r in rows
                   if r.split == "test" and homes[r.country] != {"test"}]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.run import CourseError, writing
 
+Line = TypeVar("Line", bound=BaseModel)
 SPLITS = ("train", "valid", "test")
 
 
@@ -41,15 +42,20 @@ def read(path: str | Path) -> list[Dialogue]:
     path = Path(path)
     if not path.is_file():
         raise CourseError(f"{path}: no such file", "build the training data first.")
+    return read_lines(Dialogue, path, "mend these lines or build the training data again.")
+
+
+def read_lines(kind: type[Line], path: Path, mend: str) -> list[Line]:
+    """One object per line of a JSONL file; CourseError lists every broken line and ends with `mend`."""
     rows, problems = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
-            rows += [Dialogue.model_validate_json(line)] if line.strip() else []
+            rows += [kind.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             problems += [f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
                          for e in error.errors(include_url=False)]
     if problems:
-        raise CourseError(problems, "mend these lines or build the training data again.")
+        raise CourseError(problems, mend)
     return rows
 
 

@@ -5,31 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import groupby
 
+from stakelib.dialogues.tasks import texts
 from stakelib.scenarios import Metric, Scenario, country_profile, derive_metrics, sample
 from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import STAKEHOLDERS, Response
 
 HEADINGS = ("Initial Reaction", "Appreciates", "Concerns", "Questions", "Engagement Tips")
-
-POLICY_MAKER_TEST = """You are simulating a Policy Maker stakeholder reviewing an energy scenario.
-
-**Scenario Context**:
-- Country: Tanzania
-- Renewable Share 2030: 65%
-- Investment: $2,800M USD
-
-**Stakeholder Priorities**: Energy security, Climate commitments, Economic development
-
-Respond as this stakeholder would."""
-GRID_OPERATOR_TEST = "As a Grid Operator, what concerns do you have about 60% solar by 2030?"
-FINANCE_TEST = """You are simulating a Financial Institution stakeholder reviewing an energy scenario.
-
-**Scenario Context**:
-{details}
-
-Respond as this stakeholder would."""
-
-
 def prompt_text(scenario: Scenario, stakeholder: str, context: str, variant: str,
                 keys: Collection[str] = tuple(METRICS)) -> str:
     """The guide's prompt: every figure that a response may use, with unit and year, and what decides its wording.
@@ -37,12 +18,8 @@ def prompt_text(scenario: Scenario, stakeholder: str, context: str, variant: str
     `keys`: the metrics to print, the same as given to `respond`; all if not given.
     """
     profile = STAKEHOLDERS[stakeholder]
-    return "\n".join([
-        f"You are simulating a {profile.name} stakeholder reviewing an energy scenario.", "",
-        "**Scenario Context**:", *_scenario_lines(scenario, keys),
-        f"- Development Context: {context}", f"- Stakeholder Stance: {variant}", "",
-        f"**Stakeholder Priorities**: {', '.join(profile.priorities)}", "",
-        "Respond as this stakeholder would, addressing their concerns and interests."])
+    return texts()["dialogue"].format(name=profile.name, details="\n".join(_scenario_lines(scenario, keys)),
+                                      context=context, variant=variant, priorities=", ".join(profile.priorities))
 
 
 def _scenario_lines(scenario: Scenario, keys: Collection[str] = tuple(METRICS)) -> list[str]:
@@ -78,5 +55,4 @@ def completion_text(response: Response) -> str:
 def guide_test_prompts() -> dict[str, str]:
     """The guide's three test prompts by stakeholder id; finance's "[scenario details]" is one sampled scenario."""
     details = "\n".join(_scenario_lines(sample(1, seed=2030)[0]))
-    return {"policy-makers": POLICY_MAKER_TEST, "grid-operators": GRID_OPERATOR_TEST,
-            "finance": FINANCE_TEST.format(details=details)}
+    return {name: text.format(details=details) for name, text in texts()["guide_tests"].items()}

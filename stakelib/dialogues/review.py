@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.dialogues.check import problems_of, said
-from stakelib.dialogues.files import read
+from stakelib.dialogues.files import read, read_lines
 from stakelib.dialogues.numbers import mentions
 from stakelib.run import CourseError, atomic_write_text, writing
 
@@ -37,17 +37,9 @@ class Edit(BaseModel):
 
 def read_edits(folder: str | Path) -> dict[str, Edit]:
     """Decisions by row id, empty if nobody reviewed anything; CourseError lists every broken line."""
-    path, edits, problems = Path(folder) / EDITS, {}, []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            edits |= {e.id: e for e in [Edit.model_validate_json(line)]} if line.strip() else {}
-        except ValidationError as error:
-            problems += [f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
-                         for e in error.errors(include_url=False)]
-    if problems:
-        raise CourseError(problems, f"mend these lines of {path}, or move the file away to start the review again.")
-    return edits
+    path = Path(folder) / EDITS
+    mend = f"mend these lines of {path}, or move the file away to start the review again."
+    return {e.id: e for e in read_lines(Edit, path, mend)} if path.exists() else {}
 
 
 def apply_edits(rows: Iterable[Dialogue], edits: dict[str, Edit]) -> list[Dialogue]:

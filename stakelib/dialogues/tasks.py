@@ -21,15 +21,13 @@ from stakelib.run import CourseError
 from stakelib.scenarios import Scenario, country_profile, derive_metrics, sample, scenario_id
 from stakelib.voices import STAKEHOLDERS, Concern, Fact, Response, respond
 
+Situation = tuple[Scenario, str, str, str]  # scenario, stakeholder id, context, variant
+Told = tuple[str, str, list[Fact]]  # prompt, completion, and the facts that the completion states
 Reply = Literal["short", "full"]
 KEYS = ("initialReaction", "appreciation", "concerns", "questions", "engagementAdvice")
 BASE, END = "BASE RESPONSE TO ENHANCE:", "---END OF EXAMPLES---"
 TURNS = 40  # tries at an opening that cites a figure
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
-# a label of the tool's prompt -> ours; what stands elsewhere in its first line is the name
-TOOL_FIELDS = {"Name": "name", "Primary Concerns": "priorities", "Questions They Typically Ask": "questions",
-               "Country": "country", "Scenario": "scenario", "Renewable Share 2030": "share_2030",
-               "Renewable Share 2040": "share_2040", "Estimated Jobs (2030)": "jobs", "Emissions Reduction": "cut"}
 
 
 @functools.cache
@@ -48,37 +46,37 @@ def enhance_template(tool: Path | None = None) -> str:
         return texts()["enhance"].strip()
     sources = [p.read_text(encoding="utf-8") for p in sorted(Path(tool).rglob("*.ts")) if "node_modules" not in p.parts]
     literals = [t for s in sources for t in re.findall(r"`((?:[^`\\]|\\.)*)`", s)
-                if BASE in t and all(f"- {label}:" in t for label in TOOL_FIELDS)]
+                if BASE in t and all(f"- {label}:" in t for label in texts()["tool_fields"])]
     if len(literals) != 1:
         raise CourseError(f"{tool}: {len(literals)} enhance prompts found in its *.ts files, one is needed",
                           "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out.")
     lines, after = [], False
     for line in literals[0].strip().split("\n"):
         label = (re.match(r"\s*- ([^:]+):", line) or [None, ""])[1]
-        field = TOOL_FIELDS.get(label, "base" if after else "name")
+        field = texts()["tool_fields"].get(label, "base" if after else "name")
         parts = re.split(r"\$\{(?:[^{}]|\{[^{}]*\})*\}", line)
         lines.append(f"{{{field}}}".join(part.replace("{", "{{").replace("}", "}}") for part in parts))
         after = after or BASE in line
     return "\n".join(lines)
 
 
-def question_text(scenario: Scenario, stakeholder: str, context: str, variant: str, keys: Collection[str],
-                  rng: random.Random) -> str:
+def question_text(situation: Situation, keys: Collection[str], seed: int) -> str:
     """The guide's free-form question, with every figure that an answer may use in the sentence."""
+    scenario, stakeholder, context, variant = situation
     place = country_profile(scenario.metadata.country)
     island = ", isolated island grid" if place.get("island") else ""
     where = scenario.metadata.country + (f" ({place['pool']}{island})" if place else "")
     figures = [f"{m} {m.label} in {m.year}" if m.unit == "jobs" else f"{m.label} of {m} in {m.year}"
                for m in derive_metrics(scenario).only(keys).shown()]
-    return rng.choice(texts()["ask"]).format(
+    return random.Random(f"asked-{seed}-{situation[1:]}").choice(texts()["ask"]).format(
         name=STAKEHOLDERS[stakeholder].name, place=where, scenario=scenario.metadata.scenarioName, context=context,
         variant=variant, figures=", ".join(figures) or "no figures yet")
 
 
-def enhance_pair(scenario: Scenario, stakeholder: str, context: str, variant: str, keys: Collection[str], seed: int,
-                 reply: Reply = "short", tool: Path | None = None) -> tuple[str, str, list[Fact]]:
-    """(prompt, one JSON object, facts). `reply`: "short" is the first reaction only, "full" all that the tool shows."""
-    situation = (scenario, stakeholder, context, variant)
+def enhance_pair(situation: Situation, keys: Collection[str], seed: int, reply: Reply = "short",
+                 tool: Path | None = None) -> Told:
+    """The answer is one JSON object. `reply`: "short" is the first reaction only, "full" all that the tool shows."""
+    scenario, stakeholder, context, variant = situation
     rng = random.Random(f"enhance-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
     answer, praise, worries = _thin(situation, keys, seed, rng)
     if rng.random() < 0.25:
@@ -98,13 +96,12 @@ def enhance_pair(scenario: Scenario, stakeholder: str, context: str, variant: st
     first, facts = _reaction(situation, shares, praise, worries, seed, rng)
     wanted = {"initialReaction": first} if reply == "short" else {
         **head, "initialReaction": first, "concerns": [_reworded(c, situation, keys, seed) for c in worries]}
-    return prompt, json.dumps(wanted, ensure_ascii=False), answer.facts + facts
+    return _used(prompt, json.dumps(wanted, ensure_ascii=False), answer.facts + facts)
 
 
-def voice_pair(scenario: Scenario, stakeholder: str, context: str, keys: Collection[str],
-               seed: int) -> tuple[str, str, list[Fact]]:
-    """(prompt, 2-3 sentences, facts). The prompt names no stance: it is always the tool's default, pragmatic."""
-    situation = (scenario, stakeholder, context, "pragmatic")
+def voice_pair(situation: Situation, keys: Collection[str], seed: int) -> Told:
+    """The answer is 2-3 sentences. The prompt names no stance: it is always the tool's default, pragmatic."""
+    scenario, stakeholder, context, _ = situation
     rng = random.Random(f"voice-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}")
     answer, praise, worries = _thin(situation, keys, seed, rng)
     shares, name = _shares(scenario), STAKEHOLDERS[stakeholder].name
@@ -116,17 +113,20 @@ def voice_pair(scenario: Scenario, stakeholder: str, context: str, keys: Collect
         priorities=", ".join(STAKEHOLDERS[stakeholder].priorities[:2]), points="\n".join(lines),
         examples=_examples(stakeholder, context) if rng.random() < 0.5 else "")
     first, facts = _reaction(situation, shares, praise, worries, seed, rng)
-    return re.sub(r"\n{2,}", "\n\n", prompt), first, answer.facts + facts
+    return _used(re.sub(r"\n{2,}", "\n\n", prompt), first, answer.facts + facts)
 
 
-Situation = tuple[Scenario, str, str, str]
+def _used(prompt: str, completion: str, facts: list[Fact]) -> Told:
+    """Only those facts that the completion states, each once."""
+    said = {(m.unit, round(m.value, 6)) for m in mentions(completion)}
+    kept = {(f.metric, f.year): f for f in facts if (f.unit, round(f.value, 6)) in said}
+    return prompt, completion, list(kept.values())
 
 
 def _thin(situation: Situation, keys: Collection[str], seed: int,
           rng: random.Random) -> tuple[Response, list[str], list[Concern]]:
     """A full answer, and the few points of it (0-1 praise, 0-2 concerns) that a rule engine would have found."""
-    scenario, stakeholder, context, variant = situation
-    answer = respond(scenario, stakeholder, context=context, variant=variant, seed=seed, keys=keys)
+    answer = respond(*situation, seed=seed, keys=keys)
     return answer, answer.appreciation[: rng.choice((0, 1, 1))], answer.concerns[: rng.choice((0, 1, 1, 2))]
 
 
@@ -145,19 +145,18 @@ def _shares(scenario: Scenario) -> dict[int, float]:
 def _reaction(situation: Situation, shares: dict[int, float], praise: list[str], worries: list[Concern], seed: int,
               rng: random.Random) -> tuple[str, list[Fact]]:
     """Two or three sentences: the stakeholder's own opening, then the first praise and the first concern."""
-    scenario, stakeholder, context, variant = situation
+    scenario, *speaker = situation
     # told no year that the prompt lacks
     known = scenario.model_copy(update={"milestones": [m for m in scenario.milestones if m.year in shares]})
     for turn in range(TURNS):
-        said = respond(known if shares else scenario, stakeholder, context=context, variant=variant,
-                       seed=seed + 7919 * turn, keys=("re_share",) if shares else ())
+        said = respond(known if shares else scenario, *speaker, seed + 7919 * turn, ("re_share",) if shares else ())
         opening = _first_sentence(said.initialReaction, scenario)
         if not shares or mentions(opening.replace(scenario.metadata.scenarioName, "")):
             break
     if pool := country_profile(scenario.metadata.country).get("pool"):  # the tool's prompts do not name it
         opening = opening.replace(pool, "our region")
         opening = opening[:1].upper() + opening[1:]
-    points = praise[:1] + [rng.choice(texts()["worry"][variant]).format(c.text) for c in worries[:1]]
+    points = praise[:1] + [rng.choice(texts()["worry"][situation[3]]).format(c.text) for c in worries[:1]]
     return " ".join([opening, *(points or [rng.choice(texts()["closing"])])]), said.facts
 
 
@@ -174,24 +173,21 @@ def _first_sentence(text: str, scenario: Scenario) -> str:
 
 def _reworded(concern: Concern, situation: Situation, keys: Collection[str], seed: int) -> dict[str, Any]:
     """The same concern in other words of the same stakeholder: same metric, same figures; else as it is."""
-    scenario, stakeholder, context, variant = situation
-    own = [(m.value, m.unit, m.year) for m in mentions(concern.text)]
-    for turn in range(1, 4):
-        other = respond(scenario, stakeholder, context=context, variant=variant, seed=seed + 7919 * turn, keys=keys)
-        for c in other.concerns:
-            if c.metric == concern.metric and c.text != concern.text \
-                    and own == [(m.value, m.unit, m.year) for m in mentions(c.text)]:
-                return {**concern.model_dump(), "text": c.text}
-    return concern.model_dump()
+    def figures(c: Concern) -> list[Any]:
+        return [c.metric, *((m.value, m.unit, m.year) for m in mentions(c.text))]
+
+    others = (c for turn in (1, 2, 3) for c in respond(*situation, seed=seed + 7919 * turn, keys=keys).concerns)
+    found = (c.text for c in others if c.text != concern.text and figures(c) == figures(concern))
+    return {**concern.model_dump(), "text": next(found, concern.text)}
 
 
 @functools.cache
 def _examples(stakeholder: str, context: str) -> str:
     """Voice line and two worked examples of other scenarios, in the two stances that the target does not have."""
     pairs = []
-    for number, variant in enumerate(("conservative", "progressive"), 1):
-        scenario = sample(2, seed=2030)[number - 1]
+    for scenario, variant in zip(sample(2, seed=2030), ("conservative", "progressive"), strict=True):
         share = derive_metrics(scenario).get("re_share", "near")
-        said = respond(scenario, stakeholder, context=context, variant=variant, keys=("re_share",)).initialReaction
-        pairs.append(f'{number}. Scenario: {scenario.metadata.country}, {share} renewable energy\nResponse: "{said}"')
+        said = respond(scenario, stakeholder, context, variant, keys=("re_share",)).initialReaction
+        pairs.append(f'{len(pairs) + 1}. Scenario: {scenario.metadata.country}, {share} renewable energy\n'
+                     f'Response: "{said}"')
     return texts()["examples"].format(voice=texts()["voices"][stakeholder], pairs="\n".join(pairs)).strip()

@@ -11,7 +11,6 @@ from stakelib.run import CourseError, atomic_write_json, writing
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MLX_FILES = ("adapter_config.json", "adapters.safetensors")
-_PEFT = "base_model.model.{}.lora_{}.weight"
 
 
 def to_mlx(adapter: Path, precision: str | None = None) -> Path:
@@ -34,8 +33,7 @@ def to_mlx(adapter: Path, precision: str | None = None) -> Path:
         parameters = {"rank": rank, "scale": config["lora_alpha"] / rank, "dropout": config["lora_dropout"]}
         atomic_write_json(part / MLX_FILES[0], {
             "fine_tune_type": "lora", "num_layers": len(layers), "lora_parameters": {**parameters, "keys": keys},
-            "model": config["base_model_name_or_path"], "base_precision": precision,
-        })  # fmt: skip
+            "model": config["base_model_name_or_path"], "base_precision": precision})
     return adapter / "mlx"
 
 
@@ -63,7 +61,7 @@ def _other(name: str) -> str:
     if found := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name):
         return f"{found[1]}.lora_{found[2].lower()}"
     module, _, letter = name.rpartition(".lora_")
-    return _PEFT.format(module, letter.upper())
+    return f"base_model.model.{module}.lora_{letter.upper()}.weight"
 
 
 def check_adapter(folder: Path, base: Path | None = None) -> None:

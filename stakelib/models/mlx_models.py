@@ -38,8 +38,7 @@ def mlx_folder(base: BaseModel, precision: str) -> Path:
         if done.returncode:
             raise CourseError(
                 [f"mlx_lm could not convert {base.name}", *done.stderr.strip().splitlines()[-2:]],
-                "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model",
-            )
+                "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model")
         file = part / "config.json"
         atomic_write_json(file, _classic(json.loads(file.read_text(encoding="utf-8"))))
     return folder
@@ -120,9 +119,8 @@ class Mlx(Transformers):
         """The model, ready to be asked."""
         return load_mlx(self.folder, self.adapter)
 
-    def generate(
-        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
-    ) -> Iterator[tuple[list[int], float]]:
+    def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
+                 max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
         """(new token ids, seconds) for each row of prompt ids, in order; a stop token is the last."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step

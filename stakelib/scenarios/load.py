@@ -116,9 +116,9 @@ def _doubts(scenario: Scenario) -> list[str]:
 
 
 def _sizes(m: Milestone) -> dict[str, float]:
-    out = {"capacity": sum(mw or 0 for _, mw in m.capacity.total)} if m.capacity else {}
-    out |= {"investment": m.investment.cumulative} if m.investment else {}
-    return out | ({"emissions": m.emissions.total} if m.emissions else {})
+    sizes = {"capacity": sum(mw or 0 for _, mw in m.capacity.total) if m.capacity else None,
+             "investment": m.at("investment.cumulative"), "emissions": m.at("emissions.total")}
+    return {field: size for field, size in sizes.items() if size is not None}
 
 
 def _refuse_constant(name: str) -> None:

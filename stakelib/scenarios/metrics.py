@@ -27,6 +27,10 @@ METRICS: dict[str, tuple[str, str, str]] = {
     key: (row["label"], row["unit"], row["years"]) for key, row in _table("metrics.json").items() if row["years"]}
 TECH = {"hydro": "hydro", "solar": "solarPV", "wind": "wind", "geothermal": "geothermal", "biomass": "biomass",
         "coal": "coal", "gas": "gas", "diesel": "diesel", "hfo": "hfo", "interconnector": "interconnector"}
+# figures that a milestone states, and where
+STATED = {"re_share": "reShare", "investment": "investment.cumulative", "emissions": "emissions.total",
+          "peak": "peakDemand.value", "storage": "capacity.total.storage", "imports": "imports.value",
+          "additions": "capacityAdditions.additions.renewables"}
 
 
 def factors() -> dict[str, dict[str, Any]]:
@@ -154,23 +158,14 @@ def derive_metrics(scenario: Scenario, mode: Literal["default", "tool"] = "defau
 
 def _stated(scenario: Scenario, index: int) -> dict[str, float | None]:
     m, first = scenario.milestones[index], scenario.milestones[0]
-    mix = m.capacity.total if m.capacity else None
-    out = {
-        "re_share": m.reShare,
-        "investment": m.investment.cumulative if m.investment else None,
-        "emissions": m.emissions.total if m.emissions else None,
-        "peak": m.peakDemand.value if m.peakDemand else None,
-        "storage": mix.storage if mix else None,
-        "imports": m.imports.value if m.imports else None,
-        "additions": m.capacityAdditions.additions.renewables if m.capacityAdditions and index else None,
-    }
-    if mix and scenario.detailedTech is None:
-        out |= {"re_capacity": mix.renewables, "fossil_capacity": mix.fossil}
+    out = {key: m.at(place) for key, place in STATED.items() if index or key != "additions"}
+    if m.capacity and scenario.detailedTech is None:
+        out |= {"re_capacity": m.capacity.total.renewables, "fossil_capacity": m.capacity.total.fossil}
     if index:
         before = scenario.milestones[index - 1]
-        if m.investment and before.investment and m.investment.cumulative >= before.investment.cumulative:
-            span = m.year - before.year
-            out["yearly_investment"] = (m.investment.cumulative - before.investment.cumulative) / span
+        spent, earlier = out["investment"], before.at(STATED["investment"])
+        if None not in (spent, earlier) and spent >= earlier:
+            out["yearly_investment"] = (spent - earlier) / (m.year - before.year)
         if m.emissions and first.emissions and first.emissions.total > 0:
             cut = 100 * (1 - m.emissions.total / first.emissions.total)
             out["emission_cut"] = cut if cut >= 0 else None
@@ -206,11 +201,7 @@ def _built(before: Technologies, now: Technologies) -> list[tuple[float, dict[st
 
 
 # relative measures for rules: name -> (figure, what it is divided by)
-RATIOS = {"storage_per_vre": ("storage", "vre"), "investment_per_peak": ("investment", "peak"),
-          "jobs_per_peak": ("jobs", "peak"), "land_per_peak": ("land", "peak"), "gas_per_peak": ("gas", "peak"),
-          "additions_per_peak": ("additions", "peak"), "interconnector_per_peak": ("interconnector", "peak"),
-          "hydro_per_peak": ("hydro", "peak"), "oil_per_peak": ("oil", "peak"),
-          "posts_per_job": ("permanent_jobs", "jobs")}
+RATIOS = {name: (row["figure"], row["by"]) for name, row in _table("ratios.json").items()}
 
 
 def ratios(metrics: Metrics) -> dict[str, float]:

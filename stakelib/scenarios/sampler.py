@@ -8,22 +8,14 @@ import random
 from importlib.resources import files
 from typing import Any
 
+import yaml
+
 from stakelib.scenarios.metrics import factors, round_half_up
 from stakelib.scenarios.schema import Scenario
 
-MIXES = {"Solar": {"solarPV": 6, "wind": 1, "hydro": 1}, "Wind": {"wind": 6, "solarPV": 1.5, "hydro": 1},
-         "Hydro": {"hydro": 6, "solarPV": 1, "wind": 0.5}, "Balanced": {"solarPV": 2, "wind": 2, "hydro": 2}}
-# renewable share of generation in 2030, 2040 and 2050, before the country's own start is taken into account
-AMBITION = {"Cautious": (32, 44, 55), "Steady": (58, 72, 82), "Bold": (82, 92, 97)}
-COST = {"lean": 0.75, "usual": 1.0, "costly": 1.5}  # multiplies investment
-CHALLENGE = ("grid", "land", "finance", "politics")
-NAMES = {"Cautious": ("Gradual {} Path", "{} Step by Step", "Measured {} Plan"),
-         "Steady": ("{} Growth Plan", "{} Transition", "National {} Roadmap"),
-         "Bold": ("{} Leap", "Accelerated {} Pathway", "High {} Ambition")}
 LOAD_FACTOR = 0.65
-# what some scenarios lack, with its probability: respond() must cope and ask
-GAPS = {"peakDemand": 0.12, "storage": 0.12, "detailedTech": 0.1, "investment": 0.1, "emissions": 0.08,
-        "capacityAdditions": 0.15}
+_TABLES = yaml.safe_load(files(__package__).joinpath("sampler.yaml").read_text(encoding="utf-8"))
+MIXES, AMBITION, COST, CHALLENGE, NAMES, GAPS = _TABLES.values()
 
 
 @functools.cache
@@ -107,7 +99,7 @@ def _fleets(row: dict[str, Any], years: list[int], mix: str, ambition: str, chal
     growth = rng.uniform(*row["growth"])
     wanted = {t: w for t, w in MIXES[mix].items() if t in row["resources"]}
     wanted |= {t: rng.uniform(0.5, 1.5) for t in row["resources"] if t in ("geothermal", "biomass")}
-    start = {t: s for t, s in row["mix"].items()}
+    start = row["mix"]
     start_re = sum(s for t, s in start.items() if factors()[t]["kind"] == "renewables")
     targets = dict(zip((2030, 2040, 2050), AMBITION[ambition], strict=True)) | {years[0]: start_re}
     targets[2035] = (targets[2030] + targets[2040]) / 2

@@ -11,7 +11,7 @@ import re
 from importlib.resources import files
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 
 KINDS = {"renewables": ("hydro", "solarPV", "solarCSP", "wind", "geothermal", "biomass"),
          "fossil": ("coal", "gas", "diesel", "hfo"), "storage": ("battery", "pumpStorage"),
@@ -98,46 +98,19 @@ class _Measured(_Part):
         return self
 
 
-class Capacity(_Measured):
-    STANDARD = "MW"
-    total: Mix
+def _measured(standard: str, **parts: Any) -> Any:
+    """A class of measured things in `standard`: its parts are amounts, or mixes of amounts by category."""
+    made = create_model("Measured", __base__=_Measured, **{name: (kind, ...) for name, kind in parts.items()})
+    made.STANDARD = standard
+    return made
 
 
-class Generation(_Measured):
-    STANDARD = "GWh"
-    output: Mix
-
-
-class Additions(_Measured):
-    """MW per year."""
-
-    STANDARD = "MW"
-    additions: Mix
-
-
-class Investment(_Measured):
-    STANDARD = "m$"
-    cumulative: Amount
-
-
-class Emissions(_Measured):
-    STANDARD = "Mt CO2"
-    total: Amount
-
-
-class PowerValue(_Measured):
-    STANDARD = "MW"
-    value: Amount
-
-
-class EnergyValue(_Measured):
-    STANDARD = "GWh"
-    value: Amount
-
-
-class MoneyValue(_Measured):
-    STANDARD = "m$"
-    value: Amount
+Capacity = _measured("MW", total=Mix)
+Generation = _measured("GWh", output=Mix)
+Additions = _measured("MW", additions=Mix)  # per year
+Investment = _measured("m$", cumulative=Amount)
+Emissions = _measured("Mt CO2", total=Amount)
+PowerValue, EnergyValue, MoneyValue = (_measured(unit, value=Amount) for unit in ("MW", "GWh", "m$"))
 
 
 class Milestone(_Part):
@@ -154,6 +127,10 @@ class Milestone(_Part):
     annualOMCosts: MoneyValue | None = None
     curtailment: EnergyValue | None = None
     imports: EnergyValue | None = None
+
+    def at(self, place: str) -> Any:
+        """What stands at `place`, such as "investment.cumulative"; None where any part of it is unknown."""
+        return functools.reduce(lambda part, name: getattr(part, name, None), place.split("."), self)
 
 
 class Technologies(_Part):

@@ -106,19 +106,19 @@ def _classes(table: pd.DataFrame, mapping: Mapping) -> pd.Series:
 
 def _factors(table: pd.DataFrame, name: str, mapping: Mapping) -> tuple[pd.Series, list[str]]:
     """To the standard unit of each row's parameter, and the rows whose unit is unknown."""
-    pairs = table[["use", "Unit"]].drop_duplicates()
-    pairs = pairs[pairs["use"].isin(STANDARD)]
-    known: dict[tuple[str, str], float] = {}
-    for use, unit in pairs.itertuples(index=False):
+    import pandas as pd
+
+    @functools.cache
+    def factor(use: str, unit: str) -> float | None:
         try:
-            known[use, unit] = unit_factor(mapping.units.get(unit.strip(), unit), STANDARD[use])
-        except ValueError:
-            continue
-    pairs = pairs.assign(factor=[known.get(pair) for pair in pairs.itertuples(index=False, name=None)])
-    factors = table[["use", "Unit"]].merge(pairs, on=["use", "Unit"], how="left")["factor"].set_axis(table.index)
+            return unit_factor(mapping.units.get(unit.strip(), unit), STANDARD[use])
+        except (KeyError, ValueError):  # not a parameter with a unit, or not a unit of it
+            return None
+
+    factors = pd.Series(map(factor, table["use"], table["Unit"]), table.index, dtype=float)
     bad = table[factors.isna() & table["use"].isin(STANDARD)]
     rows = zip(bad.index, bad["Unit"], bad["Par/Var"], strict=True)
-    return factors.astype(float), listed(name, [(row, f"Unit: {u[:40]!r} is not a unit of {p}") for row, u, p in rows])
+    return factors, listed(name, [(row, f"Unit: {u[:40]!r} is not a unit of {p}") for row, u, p in rows])
 
 
 def _lost(what: str, rows: pd.DataFrame) -> list[str]:

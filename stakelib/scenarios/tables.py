@@ -9,7 +9,10 @@ other; or a technology of the schema (installed capacity). What has no row is un
 from __future__ import annotations
 
 import io
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from stakelib.run import CourseError
 from stakelib.scenarios.schema import KINDS, Technologies, re_share, unit_factor
@@ -20,14 +23,10 @@ if TYPE_CHECKING:
 NEXT = "mend the rows named above and load the file again."
 SHOWN = 20  # problems of one kind that are listed one by one
 COLUMNS = ("country", "scenario", "year", "quantity", "value", "unit")
+_TABLES = yaml.safe_load(files(__package__).joinpath("quantities.yaml").read_text(encoding="utf-8"))
 # quantity in the template: (standard unit, field of a milestone, field in it)
-QUANTITIES = {"re_share": ("%", "reShare", ""), "investment": ("m$", "investment", "cumulative"),
-              "emissions": ("Mt CO2", "emissions", "total"), "peak_demand": ("MW", "peakDemand", "value"),
-              "om_costs": ("m$", "annualOMCosts", "value"), "curtailment": ("GWh", "curtailment", "value"),
-              "imports": ("GWh", "imports", "value")}
-MIXES = {"capacity": ("MW", "capacity", "total"), "generation": ("GWh", "generation", "output"),
-         "additions": ("MW", "capacityAdditions", "additions")}
-QUANTITIES |= {f"{name} {kind}": row for name, row in MIXES.items() for kind in KINDS}
+QUANTITIES = {name: tuple(row) for name, row in _TABLES["single"].items()}
+QUANTITIES |= {f"{name} {kind}": tuple(row) for name, row in _TABLES["by category"].items() for kind in KINDS}
 QUANTITIES |= {tech: ("MW", "", "") for tech in Technologies.model_fields}
 
 

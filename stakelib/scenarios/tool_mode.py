@@ -22,7 +22,7 @@ def tool_metrics(scenario: Scenario) -> Metrics:
     """Jobs, land, shares and emission cut of every milestone by the tool's formulas; no data, no figure."""
     found: dict[tuple[str, int], Metric] = {}
     for m in scenario.milestones:
-        raw = {"investment": m.investment.cumulative if m.investment else None,
+        raw = {"investment": m.at("investment.cumulative"),
                "re_share": None if m.reShare is None else _round(m.reShare, 1),
                "emission_cut": _cut(scenario.milestones[0], m), **_from_capacity(scenario, m)}
         found |= {(key, m.year): Metric(key, m.year, value) for key, value in raw.items() if value is not None}

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import StrictUndefined, Template
+
 from stakelib import machine
-from stakelib.models import BaseModel, base_model, load_tokenizer
+from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
 from stakelib.models.adapters import to_mlx
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
 from stakelib.training.keep import as_begun
@@ -23,8 +25,7 @@ from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = [
     "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "mlx_memory",
-    "mlx_place", "plan", "render_rows", "train", "what_fits",
-]  # fmt: skip
+    "mlx_place", "plan", "render_rows", "train", "what_fits"]
 
 BACKENDS = ("peft", "mlx")
 
@@ -74,7 +75,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         def decide() -> list[str]:
             data = train_rows + valid_rows
             if backend == "mlx":
-                way, why = settle_mlx(base.name, _config(base), recipe, data, limit_gb())
+                way, why = settle_mlx(base.name, load_config(base.folder), recipe, data, limit_gb())
             else:
                 way, why = settle(run.profile.model, recipe, data, here["ram_free_gb"])
             return [way.precision, way.checkpointing, why]
@@ -106,12 +107,6 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     return result
 
 
-def _config(base: BaseModel) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base.folder, local_files_only=True)
-
-
 def _key(settings: dict[str, Any], files: list[Path]) -> str:
     """Names the checkpoints of exactly these settings and rows: others are never continued by mistake."""
     return hashlib.sha256(json.dumps([settings, *map(sha256, files)]).encode()).hexdigest()[:12]
@@ -123,17 +118,8 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
     config["base_model_name_or_path"] = base.origin
     atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     to_mlx(folder, result["precision"] if result["backend"] == "mlx" else None)
-    lines = [
-        f"# stakeholder-{base.short_name}: a LoRA adapter that answers as nine energy stakeholders", "",
-        f"- Base model: {base.origin} (licence: {base.licence}; it also binds this adapter)",
-        f"- Trained on {result['rows']} synthetic dialogues made by rules, {result['learned_tokens']} learned tokens "
-        f"(train.jsonl, sha256 {result['data_sha256']})",
-        f"- Training loss {result['train_loss'][0][1]:.3f} at first, {result['train_loss'][-1][1]:.3f} at the end; "
-        f"validation loss {result['best_valid_loss']:.3f} nats per token at step {result['best_step']}, which is kept",
-        f"- Recipe '{recipe.name}': " + ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if k != "name"),
-        "- Precision of the frozen base: " + result["precision"],
-        "- Made on: {processor}, {cores} cores, {ram_gb} GB of memory, {system}; ".format_map(result)
-        + ", ".join(f"{library} {version}" for library, version in versions().items()), "",
-        "Use it for workshop dialogue only. It repeats the figures of the scenario in its prompt; it knows no others.",
-    ]  # fmt: skip
-    atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")
+    card = Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"), undefined=StrictUndefined,
+                    keep_trailing_newline=True)
+    settings = {key: value for key, value in recipe.settings().items() if key != "name"}
+    text = card.render(**result, base=base, recipe=recipe.name, settings=settings, versions=versions())
+    atomic_write_text(folder / "README.md", text)

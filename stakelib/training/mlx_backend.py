@@ -27,7 +27,7 @@ from stakelib.models import Rendered
 from stakelib.models.mlx_models import load_mlx, logits_at
 from stakelib.run import CourseError, atomic_write_json, sha256, writing
 from stakelib.training import keep
-from stakelib.training.recipe import Recipe, layer_numbers
+from stakelib.training.recipe import Recipe, as_recipe, layer_numbers
 
 WHERE = {t: f"{'self_attn' if t in ('q_proj', 'k_proj', 'v_proj', 'o_proj') else 'mlp'}.{t}" for t in Recipe().targets}
 SAVE_EVERY_S = 180.0
@@ -207,7 +207,7 @@ class Keeper(TrainingCallback):
 
 def work(job: dict[str, Any], say: Callable[..., None]) -> None:
     """Train as `job` says (see `mlx_run.train_mlx`), telling what happens through `say`."""
-    recipe = Recipe(**{k: tuple(v) if k == "targets" else v for k, v in job["recipe"].items()})
+    recipe = as_recipe(job["recipe"])
     if not mx.metal.is_available():
         mx.disable_compile()  # on Linux each new shape would go through a C++ compiler, if there is one
     mx.random.seed(recipe.seed)
@@ -222,8 +222,7 @@ def work(job: dict[str, Any], say: Callable[..., None]) -> None:
     arguments = TrainingArgs(
         batch_size=1, iters=left, steps_per_report=1, steps_per_save=left + 1, max_seq_length=recipe.max_length,
         adapter_file=str(keeper.folder / "last.safetensors"), grad_checkpoint=recipe.checkpointing == "on",
-        grad_accumulation_steps=recipe.accumulate, clear_cache_threshold=2**30,
-    )  # fmt: skip
+        grad_accumulation_steps=recipe.accumulate, clear_cache_threshold=2**30)
     batches = training_batches(recipe, order, keeper.step, 64)
     with contextlib.suppress(EndOfTraining):
         if left and not keep.no_better(keeper.history, recipe.patience):

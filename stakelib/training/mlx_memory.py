@@ -32,8 +32,7 @@ def mlx_memory(config: Any, recipe: Recipe, tokens: int, learned: int, rows: int
     inside = layer + 5 * places * size * config.intermediate_size if recipe.checkpointing == "on" else 0
     parts = {
         "weights": BYTES[recipe.precision] * numbers, "learning": 16 * adapter_parameters(config, recipe),
-        "activations": layers * kept + inside, "logits": (12 + size) * config.vocab_size * learned,
-    }  # fmt: skip
+        "activations": layers * kept + inside, "logits": (12 + size) * config.vocab_size * learned}
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
@@ -67,8 +66,7 @@ def settle_mlx(name: str, config: Any, recipe: Recipe, data: Rows, limit: tuple[
     raise CourseError(
         f"memory: {name} in {way.precision}, checkpointing {way.checkpointing}: {told(parts)}, but {allowed_gb:.1f} GB "
         f"is all: {whose}",
-        "set precision='nf4' and checkpointing='on' in the recipe, shorten the longest rows, or choose a smaller model",
-    )
+        "set precision='nf4' and checkpointing='on' in the recipe, shorten the longest rows, or choose a smaller model")
 
 
 def told(parts: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from stakelib import machine
-from stakelib.models import BaseModel, Rendered
+from stakelib.models import BaseModel, Rendered, load_config
 from stakelib.models.adapters import to_peft
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import REPOSITORY, CourseError, Progress, Run, atomic_write_json, atomic_write_text
@@ -64,8 +64,7 @@ class Watchdog:
                 f"training fell from {before:.0f} to {now:.0f} tokens a second while {grown:.1f} GB went to swap: the "
                 "memory is full",
                 "close other programs and run again (it goes on from its last checkpoint), or set precision='nf4' and "
-                "checkpointing='on' in the recipe",
-            )
+                "checkpointing='on' in the recipe")
 
 
 def swap_gb() -> float:
@@ -75,27 +74,22 @@ def swap_gb() -> float:
     return psutil.swap_memory().used / 2**30
 
 
-def train_mlx(
-    base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
-) -> tuple[Callable[[Path], Any], dict[str, Any]]:
+def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
+              checkpoints: Path) -> tuple[Callable[[Path], Any], dict[str, Any]]:
     """As `train_peft`, with MLX in a process of its own: what crashes the graphics driver spares the notebook.
 
     The recipe's precision and checkpointing are decided before (`settle_mlx`). Every checkpoint is an adapter that
     mlx-lm itself can load. Returns a function that writes the best one into a folder in PEFT's form, and the result.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     job = {
         "base": str(mlx_folder(base, recipe.precision).resolve()), "model": base.origin,
         "checkpoints": str(checkpoints.resolve()),
-        "recipe": replace(recipe, learning_rate=rate_for(config, recipe)).settings(),
+        "recipe": replace(recipe, learning_rate=rate_for(load_config(base.folder), recipe)).settings(),
         "train": [[r.ids, r.mask] for r in train], "valid": [[r.ids, r.mask] for r in valid],
         "names": [train[i].where for i in order], "steps": steps,
-        "epochs": epochs, "every": max(1, steps // (epochs * recipe.validate_per_epoch)),
-    }  # fmt: skip
+        "epochs": epochs, "every": max(1, steps // (epochs * recipe.validate_per_epoch))}
     file = atomic_write_json(checkpoints / "job.json", job)
     started = time.monotonic()
     said = _follow(file, steps)
@@ -103,8 +97,7 @@ def train_mlx(
     result = outcome(
         done["history"], done["best"], [train[i] for i in order[: end * recipe.accumulate]], steps=steps,
         begun=said["begun"], end=end, trainable=done["trainable_parameters"], seconds=time.monotonic() - started,
-        per_step=recipe.accumulate,
-    )  # fmt: skip
+        per_step=recipe.accumulate)
     best = checkpoints / f"checkpoint-{result['best_step']}"
     return partial(to_peft, best), result | {"mlx_peak_gb": round(said.get("peak_gb", 0.0), 2)}
 
@@ -147,6 +140,5 @@ def _follow(job: Path, steps: int) -> dict[str, Any]:
         raise CourseError(
             [f"the MLX process ended with code {process.returncode}", *last],
             "run again: it goes on from its last checkpoint; if it happens twice, set precision='nf4' and "
-            "checkpointing='on' in the recipe",
-        )
+            "checkpointing='on' in the recipe")
     return said

@@ -143,9 +143,8 @@ class Watch(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def train_peft(
-    base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered], checkpoints: Path
-) -> tuple[Any, dict[str, Any]]:
+def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
+               checkpoints: Path) -> tuple[Any, dict[str, Any]]:
     """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
 
     The recipe's precision and checkpointing are decided before (`settle`). Returns the peft model holding the best
@@ -167,11 +166,9 @@ def train_peft(
     trainer = RowTrainer(
         model=model,
         args=_arguments(replace(recipe, learning_rate=rate_for(model.config, recipe)), checkpoints, steps, every),
-        train_dataset=[train[i] for i in order] + nothing,
-        eval_dataset=valid,
+        train_dataset=[train[i] for i in order] + nothing, eval_dataset=valid,
         data_collator=partial(collate, multiple=64 if model.dtype == torch.bfloat16 else 1),
-        callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)],
-    )
+        callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)])
     trainer.remove_callback(PrinterCallback)
     resumed = keep.last_checkpoint(checkpoints)
     if resumed:
@@ -190,8 +187,7 @@ def train_peft(
         state.log_history, (state.best_global_step, state.best_metric),
         [train[i] for i in order[: state.global_step * recipe.accumulate]], steps=steps, begun=begun,
         end=state.global_step, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        seconds=time.monotonic() - started, per_step=recipe.accumulate,
-    )  # fmt: skip
+        seconds=time.monotonic() - started, per_step=recipe.accumulate)
 
 
 def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
@@ -199,8 +195,7 @@ def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
     return LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
         layers_to_transform=layer_numbers(config, recipe) if recipe.layers else None, bias="none",
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
+        task_type="CAUSAL_LM")
 
 
 def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> TrainingArguments:
@@ -218,5 +213,4 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every,
         metric_for_best_model="eval_loss", greater_is_better=False,
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
-        ddp_find_unused_parameters=False,
-    )  # fmt: skip
+        ddp_find_unused_parameters=False)

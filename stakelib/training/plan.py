@@ -57,8 +57,7 @@ def memory(config: Any, recipe: Recipe, tokens: int, learned: int) -> dict[str, 
     parts = {
         "program": PROGRAM_GB[size] * 2**30, "weights": (packed or size) * numbers + size * words - mapped,
         "learning": 12 * (words + numbers) if full else adapter, "activations": learn * kept,
-        "passing": 12 * config.vocab_size * learned + inside, "mapped": mapped,
-    }  # fmt: skip
+        "passing": 12 * config.vocab_size * learned + inside, "mapped": mapped}
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
@@ -102,8 +101,7 @@ def settle(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Reci
     raise CourseError(
         f"memory: {model} in {precision}, rows of up to {_longest(data)[0]} tokens, checkpointing {way.checkpointing}: "
         f"{needed_gb:.1f} GB needed, {free_gb} GB free",
-        "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs",
-    )
+        "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs")
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,8 @@ class Plan:
     advice: str
 
 
-def plan(
-    model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None = None, *, valid: Rows = (), epochs: int = 1,
-    models: Sequence[str] = tuple(MODELS),
-) -> Plan:  # fmt: skip
+def plan(model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None = None, *, valid: Rows = (),
+         epochs: int = 1, models: Sequence[str] = tuple(MODELS)) -> Plan:
     """Peak memory and wall time of training `model` on `data` on this machine, and a table of what else would fit.
 
     `machine`: as `machine.describe()` gives it; its `ram_free_gb` decides what fits. Loads no weights. Raises
@@ -138,8 +134,7 @@ def plan(
     best = max(lines, key=lambda x: (x["million"], x["precision"] == plain, -x["hours"]), default={})
     advice = (
         f"{best['model']} in {best['precision']}: the largest that fits into {free_gb} GB of free memory and is done "
-        f"in a night (about {clock(3600 * best['hours'])})" if best else "nothing of this list is done in a night"
-    )  # fmt: skip
+        f"in a night (about {clock(3600 * best['hours'])})" if best else "nothing of this list is done in a night")
     time_h = hours(model, chosen, data, valid, epochs)
     return Plan(chosen, why, parts, sum(parts.values()) - parts["mapped"], time_h, table, best, advice)
 
@@ -163,8 +158,7 @@ def what_fits(recipe: Recipe, data: Rows, free_gb: float, valid: Rows, epochs: i
             "model": model, "million": find_model(model).parameters_m, "precision": kind,
             "checkpointing": way.checkpointing, **{f"GB, {n} tokens": sum(p.values()) for n, p in sizes.items()},
             "GB": needed_gb, "fits": fits,
-            "hours": hours(model, way, data, valid, epochs) if fits and kind != FULL else None,
-        })  # fmt: skip
+            "hours": hours(model, way, data, valid, epochs) if fits and kind != FULL else None})
     return pandas.DataFrame(lines).astype({"hours": float})
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # never lm_head: tied to the embeddings, lost in GGUF
@@ -43,39 +46,13 @@ class Recipe:
         return asdict(self)
 
 
-# The guide's own two sets of settings, to be compared. As far as they run: its 8-bit weights and fp16 do not train on a
-# CPU; its loss over the prompt and its cut at 512 tokens are faults, not settings. Epochs are the profile's.
-RECIPES = {
-    r.name: r
-    for r in (
-        Recipe(),
-        Recipe(
-            "guide-pc",  # its PyTorch script
-            rank=16,
-            alpha=32,
-            dropout=0.05,
-            targets=ATTENTION,
-            layers=None,
-            tuned_width=None,
-            learning_rate=2e-5,  # a rate for full fine-tuning
-            schedule="linear",  # what transformers' Trainer does where nothing is said
-            warmup=0.0,
-            accumulate=8,  # batches of 2, four of them per step
-        ),
-        Recipe(
-            "guide-mlx",  # its mlx_lm.lora command; what that leaves open is mlx-lm's default of the time
-            rank=8,
-            alpha=160,  # mlx-lm's scale of 20, times the rank
-            targets=("q_proj", "v_proj"),
-            layers=16,  # --lora-layers 16
-            tuned_width=None,
-            learning_rate=1e-5,
-            schedule="constant",
-            warmup=0.0,
-            accumulate=2,  # --batch-size 2
-        ),
-    )
-}
+def as_recipe(values: dict[str, Any]) -> Recipe:
+    """The recipe of settings that went through YAML or JSON, where a tuple becomes a list."""
+    return Recipe(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+_GUIDE = yaml.safe_load(Path(__file__).with_name("recipes.yaml").read_text(encoding="utf-8"))
+RECIPES = {"course": Recipe(), **{name: as_recipe({"name": name, **row}) for name, row in _GUIDE.items()}}
 
 
 def rate_for(config: Any, recipe: Recipe) -> float:
@@ -100,8 +77,7 @@ def matrices(config: Any) -> dict[str, tuple[int, int]]:
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     return {
         "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
-        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
-    }  # fmt: skip
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
 
 
 def adapter_parameters(config: Any, recipe: Recipe) -> int:

@@ -18,30 +18,28 @@ Rows = list[tuple[str, dict[str, Any]]]  # where it stands ("train.jsonl, line 3
 def load_rows(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file. Raises CourseError listing every line that is no JSON object with prompt and completion."""
     rows, problems = _read(file)
-    if problems:
-        raise CourseError(problems, MEND)
-    return [row for _, row in rows]
+    return _sound([row for _, row in rows], problems, MEND)
 
 
 def render_rows(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> list[Rendered]:
     """ids and masks of all rows. Raises CourseError listing every row that cannot be learned whole: none is cut."""
-    rendered, problems = _render(tokenizer, [(f"row {r.get('id', i)}", r) for i, r in enumerate(rows)], max_length)
-    if problems:
-        raise CourseError(problems, "mend or shorten these rows, or raise max_length in the recipe if memory allows")
-    return rendered
+    found = _render(tokenizer, [(f"row {r.get('id', i)}", r) for i, r in enumerate(rows)], max_length)
+    return _sound(*found, "mend or shorten these rows, or raise max_length in the recipe if memory allows")
 
 
 def checked_rows(tokenizer: Any, files: list[Path], max_length: int) -> list[list[Rendered]]:
     """`load_rows` and `render_rows` of several files; one CourseError lists what is wrong in all of them."""
-    found, problems = [], []
-    for file in files:
-        rows, unreadable = _read(file)
-        rendered, unusable = _render(tokenizer, rows, max_length)
-        found.append(rendered)
-        problems += [*unreadable, *unusable]
+    read = [_read(file) for file in files]
+    found = [_render(tokenizer, rows, max_length) for rows, _ in read]
+    problems = [p for (_, unread), (_, unfit) in zip(read, found, strict=True) for p in (*unread, *unfit)]
+    mend = f"{MEND}; a row that is only too long can be shortened"
+    return _sound([rendered for rendered, _ in found], problems, mend)
+
+
+def _sound(rows: list[Any], problems: list[str], mend: str) -> list[Any]:
     if problems:
-        raise CourseError(problems, f"{MEND}; a row that is only too long can be shortened")
-    return found
+        raise CourseError(problems, mend)
+    return rows
 
 
 def _read(file: Path) -> tuple[Rows, list[str]]:

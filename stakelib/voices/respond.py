@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
@@ -11,20 +12,8 @@ from pydantic import BaseModel
 from stakelib.run import CourseError
 from stakelib.scenarios import Metric, Metrics, Scenario, country_profile, derive_metrics, scenario_id
 from stakelib.scenarios.metrics import METRICS, ratios
-from stakelib.voices.profiles import (
-    CONTEXTS,
-    FORMS,
-    PLACE,
-    STAKEHOLDERS,
-    VARIANTS,
-    ConcernPoint,
-    Point,
-    Profile,
-    context_bars,
-    margin,
-    shared_words,
-    unfold,
-)
+from stakelib.voices import profiles
+from stakelib.voices.profiles import CONTEXTS, STAKEHOLDERS, VARIANTS, Bars, ConcernPoint, Point, Profile
 
 EXPECTED = {"no investment", "no re_share"}  # who lacks what every reader looks for asks about it first
 MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
@@ -68,6 +57,7 @@ class _Speaker:
     def __init__(self, scenario: Scenario, metrics: Metrics, profile: Profile, context: str, variant: str,
                  seed: int) -> None:
         self.profile, self.variant, self.context = profile, variant, context
+        self.stance = profile.bars.get(variant, Bars())
         self.rng = random.Random(f"{seed}|{scenario_id(scenario)}|{profile.id}|{context}|{variant}")
         shown = metrics.shown()
         place = country_profile(scenario.metadata.country)
@@ -77,7 +67,7 @@ class _Speaker:
                         "pool": bool(place), "no pool": not place}
         self.printed: list[Metric] = []
         self.said: set[str] = set()
-        self.words = shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
+        self.words = profiles.shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
                                        for name, text in profile.words.items()}
         names = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
         names |= {"pool": place["pool"] if place else "our region"}
@@ -86,36 +76,34 @@ class _Speaker:
             texts = (str(m), f"{m} by {m.year}", f"{m} in {m.year}", str(m.year), m.number)
             for slot in (slot for slot, year in metrics.slots.items() if year == m.year):
                 self.known |= {f"{m.key}.{slot}{form}": (text, None if form == ".year" else m)
-                               for form, text in zip(FORMS, texts, strict=True)}
+                               for form, text in zip(profiles.FORMS, texts, strict=True)}
 
     def say(self, phrases: Sequence[str]) -> str | None:
         """A reading of one of the phrases whose figures are all known, or None."""
         for phrase in self.rng.sample(list(phrases) * 2, 2 * len(phrases)):  # the choice may fall on an unknown figure
-            text = unfold(phrase, self.words, self.rng, self.said)
-            if all(name in self.known for name in PLACE.findall(text)):
-                self.printed += [m for name in PLACE.findall(text) if (m := self.known[name][1])]
-                return PLACE.sub(lambda place: self.known[place[1]][0], text)
+            text = profiles.unfold(phrase, self.words, self.rng, self.said)
+            if all(name in self.known for name in profiles.PLACE.findall(text)):
+                self.printed += [m for name in profiles.PLACE.findall(text) if (m := self.known[name][1])]
+                return profiles.PLACE.sub(lambda place: self.known[place[1]][0], text)
         return None
 
     def factor(self, kind: str) -> Callable[[str], float]:
         """The product of stance and context on a metric's bar."""
-        bars = [context_bars()[self.context]]
-        bars += [self.profile.bars[self.variant]] if self.variant in self.profile.bars else []
-        return lambda key: _product(getattr(b, kind).get(key, 1.0) for b in bars)
+        bars = [getattr(b, kind) for b in (profiles.context_bars()[self.context], self.stance)]
+        return lambda key: math.prod(b.get(key, 1.0) for b in bars)
 
     def rank(self, points: Iterable[Any], kind: str, avoid: set[str], general: float) -> list[tuple[Any, float]]:
         """Points that apply, strongest first, each with its margin; `general`: weight of those without a condition."""
         found = []
-        first = self.profile.bars[self.variant].first if self.variant in self.profile.bars else []
         for point in points:
             if point.only and self.variant not in point.only:
                 continue
-            margins = [margin(c, self.values, self.factor(kind)) for c in point.when]
+            margins = [profiles.margin(c, self.values, self.factor(kind)) for c in point.when]
             if None in margins:
                 continue
             size = min((m for m in margins if m is not None), default=0.0)
             weight = (min(size, 1.0) if point.when or point.only else general) + self.rng.random()
-            weight += 0.4 * (_topic(point) in first) - (_topic(point) in avoid)
+            weight += 0.4 * (_topic(point) in self.stance.first) - (_topic(point) in avoid)
             weight += 0 if EXPECTED.isdisjoint(point.when) else 2
             found.append((weight, size, point))
         found.sort(key=lambda row: -row[0])
@@ -156,13 +144,6 @@ class _Speaker:
         if self.rng.random() < 0.6:
             slots.insert(1 if self.variant == "conservative" else 2, self.profile.contexts[self.context])
         return " ".join(text for phrases in slots if (text := self.say(phrases)))
-
-
-def _product(numbers: Iterable[float]) -> float:
-    out = 1.0
-    for number in numbers:
-        out *= number
-    return out
 
 
 def _topic(point: Any) -> str:
