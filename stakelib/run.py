@@ -112,10 +112,9 @@ def atomic_write_json(path: Path, value: Any) -> Path:
 
 def link(source: Path, target: Path) -> None:
     """A second name for the same bytes, or a copy where the disk has no hard links (FAT, exFAT, another disk)."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    with contextlib.suppress(OSError):
+        return os.link(source, target)
+    shutil.copyfile(source, target)
 
 
 def sha256(path: Path) -> str:

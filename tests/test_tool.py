@@ -154,7 +154,7 @@ export const OTHER = { ollamaTimeout: 3000, webllm: true };
 def test_the_patch_is_computed_and_the_checkout_left_alone(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.open(profile="smoke")
+    run = Run.open(tmp_path / "run", "smoke")
     lines = [judge(SHORT[0].model_dump(), answer("x", seconds)) for seconds in [2.0] * 99 + [50.0]]
     table = pd.DataFrame(lines)
     fragment = tool_patch(run, table)
@@ -224,7 +224,7 @@ def test_the_page_holds_every_prompt_as_in_training(
     monkeypatch.setattr(browser, "cache_folder", lambda: home / "cache")
     made = browser.wllama(**fake_wllama)
     monkeypatch.setattr(browser, "wllama", lambda: made)
-    run = Run.open(profile="smoke")
+    run = Run.open(tmp_path / "run", "smoke")
     gguf = run.path("models", "stakeholder-tiny-gemma-q8.gguf")
     gguf.write_bytes(b"GGUF")
     folder = browser.page(run, SCENARIOS[:2])
