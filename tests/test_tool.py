@@ -224,7 +224,7 @@ def test_the_page_holds_every_prompt_as_in_training(
     monkeypatch.setattr(browser, "cache_folder", lambda: home / "cache")
     made = browser.wllama(**fake_wllama)
     monkeypatch.setattr(browser, "wllama", lambda: made)
-    run = Run.open(tmp_path / "run", "smoke")
+    run = Run.open(home / "run", "smoke")
     gguf = run.path("models", "stakeholder-tiny-gemma-q8.gguf")
     gguf.write_bytes(b"GGUF")
     folder = browser.page(run, SCENARIOS[:2])
