@@ -1,6 +1,7 @@
 """Numbers in prose come from the record of a run: between `<!--=key-->` and `<!--/-->` stands what the record says.
 
-    python tests/prose.py --record runs/quick     take a finished run's figures into benchmarks/records/
+    python tests/prose.py --record runs/quick     take a finished run's figures into benchmarks/records/quick.json
+    python tests/prose.py --record runs/quick epyc 05,06,08     of these notebooks only, into epyc.json
     python tests/prose.py --write                 fill the README and the notebooks from the records
     python tests/prose.py                         print every sentence that contradicts its record, exit 1 if any
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
+EARLY = ("data", "train", "guide-prompts")  # stages of notebooks 01 to 04
 MARK = re.compile(r"<!--=([\w.-]+)-->(.*?)<!--/-->", re.DOTALL)
 
 
@@ -22,12 +24,18 @@ def files() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 
-def take(folder: Path) -> Path:
-    """Copy the figures of a finished run; refuses one whose stages were skipped, because its minutes mean nothing."""
+def take(folder: Path, name: str = "", only: str = "") -> Path:
+    """Copy the figures of a finished run; refuses one whose stages were skipped, because its minutes mean nothing.
+
+    `name` of the record: that of the profile unless given; `only`: these notebooks (another machine did the rest).
+    """
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     timings = json.loads((folder / "notebooks" / "timings.json").read_text(encoding="utf-8"))
     stages = record["stages"]
-    if timings["04_train_with_peft"] < stages["train"]["seconds"]:
+    if only:
+        timings = {long: seconds for long, seconds in timings.items() if long[:2] in only.split(",")}
+        stages = {k: s for k, s in stages.items() if k not in EARLY}
+    if not only and timings["04_train_with_peft"] < stages["train"]["seconds"]:
         raise SystemExit(f"{folder}: the last course run skipped finished stages; run into a fresh folder with --out")
     kept = {name: {k: s[k] for k in ("seconds", "peak_mb", "result")} for name, s in stages.items()}
     for name, stage in kept.items():
@@ -37,7 +45,7 @@ def take(folder: Path) -> Path:
         "profile": record["profile"], "machine": record["machine"], "versions": record["versions"],
         "notebooks": {name[:2]: seconds for name, seconds in sorted(timings.items())}, "stages": kept,
     }  # fmt: skip
-    target = RECORDS / f"{record['profile']['name']}.json"
+    target = RECORDS / f"{name or record['profile']['name']}.json"
     RECORDS.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     return target
@@ -96,7 +104,7 @@ def fill(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--record"]:
-        print("written:", take(Path(arguments[1])).relative_to(ROOT))
+        print("written:", take(Path(arguments[1]), *arguments[2:4]).relative_to(ROOT))
         return 0
     if arguments == ["--write"]:
         for path in files():
