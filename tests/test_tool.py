@@ -159,7 +159,7 @@ def test_the_patch_is_computed_and_the_checkout_left_alone(
     table = pd.DataFrame(lines)
     fragment = tool_patch(run, table)
     assert "ollamaModel: 'stakeholder-tiny-gemma'," in fragment
-    assert "ollamaTimeout: 3000," in fragment and "webllmEnabled: false" in fragment
+    assert "ollamaTimeout: 3000," in fragment and "switch of WebLLM" in fragment
     file = tmp_path / "src" / "utils" / "stakeholder-ai.ts"
     file.parent.mkdir(parents=True)
     file.write_text(CONFIG, encoding="utf-8")
