@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +23,7 @@ GOAL = (50, 100)  # rows that the guide asks to improve by hand
 STATES = ("not reviewed", "accepted", "rejected", "edited", "failing", "changed since")
 COLUMNS = ("id", "stakeholder", "task", "country", "scenario", "prompt", "decision", "completion", "check", "of")
 Action = Literal["accept", "reject", "edit"]
+Line = TypeVar("Line", bound=BaseModel)
 
 
 class Edit(BaseModel):
@@ -37,17 +38,22 @@ class Edit(BaseModel):
 
 def read_edits(folder: str | Path) -> dict[str, Edit]:
     """Decisions by row id, empty if nobody reviewed anything; CourseError lists every broken line."""
-    path, edits, problems = Path(folder) / EDITS, {}, []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.split("\n"), 1):
+    path = Path(folder) / EDITS
+    return {edit.id: edit for edit in read_lines(path.read_bytes() if path.exists() else b"", Edit, path)}
+
+
+def read_lines(data: bytes, model: type[Line], path: Path) -> list[Line]:
+    """The JSON lines of `path`, read as `data`, each as a `model`; CourseError lists every broken line."""
+    found, problems = [], []
+    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
         try:
-            edits |= {e.id: e for e in [Edit.model_validate_json(line)]} if line.strip() else {}
+            found += [model.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             problems += [f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
                          for e in error.errors(include_url=False)]
     if problems:
-        raise CourseError(problems, f"mend these lines of {path}, or move the file away to start the review again.")
-    return edits
+        raise CourseError(problems, f"mend these lines of {path}, or move the file away to begin again.")
+    return found
 
 
 def apply_edits(rows: Iterable[Dialogue], edits: dict[str, Edit]) -> list[Dialogue]:
