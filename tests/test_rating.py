@@ -133,6 +133,7 @@ def test_preferences_count_wins_with_intervals_over_scenarios(tmp_path: Path) ->
     rating(tmp_path, "Ben").vote("r6", "accuracy", "same")
     (found,) = preferences(tmp_path, ROWS, SAID)
     assert (found["raters"], found["votes"], found["tuned"], found["same"], found["base"]) == (2, 15, 14, 1, 0)
+    assert preferences(tmp_path, ROWS[:4], SAID)[0]["votes"] == 8  # other rows do not count
     assert found["share"] == 1.0 and 0.4 < found["low"] < 0.9 and found["net"] == pytest.approx(14 / 15)
     prefer(rating(tmp_path / "no"), "base", rows=1)
     (one,) = preferences(tmp_path / "no", ROWS, SAID)

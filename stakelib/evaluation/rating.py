@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from stakelib.dialogues.files import read_lines
 from stakelib.dialogues.review import as_cell, read_table
 from stakelib.evaluation.statistics import clustered_wilson
 from stakelib.run import CourseError, atomic_write_text, writing
@@ -66,7 +67,8 @@ class Rating:
         both = [r for r in rows if all((r["id"], s) in self.texts for s in ("base", "tuned"))]
         self.rows = {r["id"]: r for r in sorted(both, key=lambda r: self._dice(r["id"], "turn"))}
         self.file = Path(folder) / f"ratings-{self.rater}.jsonl"
-        self.votes = {(v.row_id, v.criterion): v for v in read_votes(self.file) if v.of == self.stamp(v.row_id)}
+        self.votes = {(v.row_id, v.criterion): v for v in read_votes(self.file)
+                      if v.row_id in self.rows and v.of == self.stamp(v.row_id)}  # fmt: skip
 
     def _dice(self, *about: str) -> int:
         return int(hashlib.sha256("\0".join((self.rater, *about)).encode()).hexdigest()[:12], 16)
@@ -108,19 +110,10 @@ class Rating:
 def read_votes(file: Path) -> list[Vote]:
     """A rater's votes in the order given. A last line cut by a kill goes; CourseError lists every other broken line."""
     data = file.read_bytes() if file.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1].decode("utf-8")
-    votes, problems = [], []
-    for number, line in enumerate(whole.split("\n")[:-1], 1):
-        try:
-            votes.append(Vote.model_validate_json(line))
-        except ValidationError as error:
-            problems += [f"{file.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
-                         for e in error.errors(include_url=False)]
-    if problems:
-        raise CourseError(problems, f"mend these lines of {file}, or move the file away to rate again.")
-    if len(whole.encode()) < len(data):
-        atomic_write_text(file, whole)
-    return votes
+    if not data.endswith(b"\n") and data:
+        atomic_write_text(file, data[: data.rfind(b"\n") + 1].decode("utf-8"))
+    mend = f"mend these lines of {file}, or move the file away to rate again."
+    return read_lines(Vote, file, mend) if data else []
 
 
 def rating_sheet(rating: Rating, path: str | Path) -> Path:
@@ -181,6 +174,8 @@ def preferences(folder: str | Path, rows: Sequence[Mapping[str, Any]], answers: 
     `share`: of the comparisons that tuned or base won (`decided`), those that tuned won, with its 95 % interval over
     scenarios; `net`: wins minus losses of all, -1 to 1; `left`: share of A among the decided, 0.5 without a habit.
     """
+    import numpy as np
+
     files = sorted(Path(folder).glob("ratings-*.jsonl"))
     found = [Rating(folder, rows, answers, file.stem.removeprefix("ratings-")) for file in files]
     scenario, lines = {r["id"]: r["scenario_id"] for r in rows}, []
@@ -190,21 +185,15 @@ def preferences(folder: str | Path, rows: Sequence[Mapping[str, Any]], answers: 
             continue
         decided = [v for v in votes if v.prefers != "same"]
         wins = [v.prefers == "tuned" for v in decided]
+        clusters = [scenario[v.row_id] for v in decided]
+        low, high = clustered_wilson(np.array(wins, dtype=float), clusters) if wins else (0.0, 1.0)
         judged = [[(v := r.votes.get((i, criterion))) and v.prefers for i in scenario] for r in found]
         lines.append({
             "criterion": criterion, "asks": CRITERIA[criterion], "raters": len({v.rater for v in votes}),
             "votes": len(votes), "tuned": sum(wins), "same": len(votes) - len(wins), "base": len(wins) - sum(wins),
-            **_share(wins, [scenario[v.row_id] for v in decided]), "net": (2 * sum(wins) - len(wins)) / len(votes),
+            "share": sum(wins) / len(wins) if wins else None, "low": low, "high": high,
+            "net": (2 * sum(wins) - len(wins)) / len(votes),
             "left": sum(v.choice == "A" for v in decided) / len(decided) if decided else None,
             "alpha": agreement(judged),
         })  # fmt: skip
     return lines
-
-
-def _share(wins: Sequence[bool], clusters: Sequence[str]) -> dict[str, float | None]:
-    import numpy as np
-
-    if not wins:
-        return {"share": None, "low": 0.0, "high": 1.0}
-    low, high = clustered_wilson(np.array(wins, dtype=float), clusters)
-    return {"share": sum(wins) / len(wins), "low": low, "high": high}
