@@ -236,8 +236,8 @@ def tool_patch(run: Run, table: pd.DataFrame, tool: str | Path | None = None) ->
         lines = [f"  {key}: {value}," for key, value in values.items()]
         why = f"95 % of the replies took {asked['seconds'].quantile(0.95):.1f} s here, and half as much again"
         lines[1] += f"  // {why}"
-        off = ["  // and set the switch of WebLLM in this block to false: it is asked before Ollama, and first downloads",
-               "  // another model of 1.77 GB"]
+        off = ["  // and set the switch of WebLLM in this block to false: it is asked before Ollama,",
+               "  // and first downloads another model of 1.77 GB"]
         return "\n".join(["// src/utils/stakeholder-ai.ts: change these, leave the others",
                           "export const DEFAULT_AI_CONFIG: AIConfig = {", *lines, *off, "};"])  # fmt: skip
     files = [p for p in sorted(Path(tool).rglob("stakeholder-ai.ts")) if "node_modules" not in p.parts]
