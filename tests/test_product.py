@@ -64,7 +64,7 @@ def test_sizes_are_held_against_the_limits_of_a_workshop(
 ) -> None:
     proved(copied)
     limits = {"a laptop (Ollama)": 4, "workshop Wi-Fi": copied.files["q8"].stat().st_size / 1e9}
-    monkeypatch.setattr("stakelib.export.product.LIMITS_GB", limits)
+    monkeypatch.setattr("stakelib.export.handout.LIMITS_GB", limits)
     page = (product(copied.run) / "HOW-TO-USE.md").read_text(encoding="utf-8")
     assert page.count("| yes |") == 1 and page.count("| no: take a smaller base model") == 1
 

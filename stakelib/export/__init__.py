@@ -9,9 +9,9 @@ from typing import Any
 
 from stakelib.export.fused import fuse, must_fuse, trained_in_mlx
 from stakelib.export.gguf_files import QUANTISATIONS, converter, gguf_file, gguf_files, k_quants, quantise, to_gguf
+from stakelib.export.handout import product
 from stakelib.export.merged import check_folder, merge
 from stakelib.export.ollama import modelfile, ollama_hop
-from stakelib.export.product import product
 from stakelib.export.proof import parity, table
 from stakelib.machine import require
 from stakelib.models import BaseModel, base_model, gguf_base, load_tokenizer

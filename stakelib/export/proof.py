@@ -146,7 +146,7 @@ def _hops(
     best = readings["merged"].top
     return {
         name: {
-            "nll": round(r.nll, 5), "kl": None if r.kl is None else round(r.kl, 6),
+            "nll": round(r.nll, 5), "kl": None if r.kl is None else round(r.kl, 7),
             "top": round(_equal(r.top, best), 4) if r.top else None,
         } for name, r in readings.items()
     }  # fmt: skip
