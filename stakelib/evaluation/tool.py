@@ -150,7 +150,8 @@ def judge(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
             "kept": accepted and not gates["sections and items"](row_said),
             "grounded": accepted and not gates["figures in prompt"](row_said),
             "echo": echo, "lost": lost, "seconds": answer["seconds"], "in_time": answer["seconds"] <= LIMIT,
-            "tokens": answer["new_tokens"], "wrong": "; ".join(wrong), "text": text}
+            "tokens": answer["new_tokens"], "wrong": "; ".join(wrong), "text": text,
+            "prompt": row["prompt"]}
 
 
 def try_in_tool(run: Run, rows: Sequence[Mapping[str, Any]], system: str = "tuned",
@@ -201,7 +202,8 @@ def waiting(run: Run, table: pd.DataFrame, times: int = 3) -> pd.DataFrame:
     import pandas as pd
 
     base, gguf = base_model(run.profile.model), gguf_file(run, "q8")
-    prompt = tool_requests(run, 9, 0)[0]["prompt"]
+    tuned = table[table["system"] == "tuned"]
+    prompt = tuned["prompt"].iloc[0]
 
     def work() -> dict[str, Any]:
         seconds = []
@@ -213,7 +215,6 @@ def waiting(run: Run, table: pd.DataFrame, times: int = 3) -> pd.DataFrame:
         share = {f"{x['system']}, {x['measure']}": x["value"] for x in accepted_share(table).to_dict("records")}
         return {"cold": seconds, "share": share}
 
-    tuned = table[table["system"] == "tuned"]
     settings = {"prompt": prompt, "replies": [list(table["id"]), list(table["text"])], "times": times}
     cold = run.stage("tool", settings, [gguf], [], work)["cold"]
     groups = {f"warm, {form}": part["seconds"] for form, part in tuned.groupby("form")}
