@@ -144,9 +144,9 @@ class _Ballot:
         shown = self.rating.shown(row_id) if row_id else dict.fromkeys(("stakeholder", "prompt", *"AB"), "no pair")
         self.loading = True  # filling the buttons is not voting
         self.head.value, self.prompt.value = f"How would {shown['stakeholder']} answer?", shown["prompt"]
-        self.prompt.rows = _lines(shown["prompt"], 110)  # all in sight: what is disabled cannot be scrolled by keys
+        self.prompt.rows = _lines(shown["prompt"], 90)  # all in sight: what is disabled cannot be scrolled by keys
         for side, box in self.sides.items():
-            box.value, box.rows = shown[side], max(_lines(shown[s], 55) for s in "AB")
+            box.value, box.rows = shown[side], max(_lines(shown[s], 42) for s in "AB")
         for criterion, buttons in self.votes.items():
             buttons.value = self.rating.choice(row_id, criterion) if row_id else None
             buttons.disabled = row_id is None
