@@ -126,8 +126,8 @@ class _Ballot:
 
         self.rating, self.loading = rating, False
         self.head, self.progress = (w.Text(disabled=True, layout=w.Layout(width="99%")) for _ in range(2))
-        self.prompt = w.Textarea(disabled=True, layout=w.Layout(width="99%", height="120px"))
-        self.sides = {s: w.Textarea(disabled=True, layout=w.Layout(width="100%", height="420px")) for s in "AB"}
+        self.prompt = w.Textarea(disabled=True, layout=w.Layout(width="99%"))
+        self.sides = {s: w.Textarea(disabled=True, layout=w.Layout(width="98%")) for s in "AB"}
         labels = {"A": "A is better", "same": "no difference", "B": "B is better"}
         self.votes = {c: w.ToggleButtons(options=[(labels[x], x) for x in CHOICES], index=None, tooltips=[asks] * 3)
                       for c, asks in CRITERIA.items()}  # fmt: skip
@@ -144,8 +144,9 @@ class _Ballot:
         shown = self.rating.shown(row_id) if row_id else dict.fromkeys(("stakeholder", "prompt", *"AB"), "no pair")
         self.loading = True  # filling the buttons is not voting
         self.head.value, self.prompt.value = f"How would {shown['stakeholder']} answer?", shown["prompt"]
+        self.prompt.rows = _lines(shown["prompt"], 90)  # all in sight: what is disabled cannot be scrolled by keys
         for side, box in self.sides.items():
-            box.value = shown[side]
+            box.value, box.rows = shown[side], max(_lines(shown[s], 42) for s in "AB")
         for criterion, buttons in self.votes.items():
             buttons.value = self.rating.choice(row_id, criterion) if row_id else None
             buttons.disabled = row_id is None
@@ -155,6 +156,11 @@ class _Ballot:
         if not self.loading and choice and self.pager.current:
             self.rating.vote(self.pager.current, criterion, choice)
             self.progress.value = self.rating.progress()
+
+
+def _lines(text: str, wide: int) -> int:
+    """Lines that a field needs to show a text, at `wide` letters each."""
+    return sum(1 + len(line) // wide for line in text.split("\n")) + 1
 
 
 def chat(rows: Sequence[Mapping[str, Any]], ask: Callable[..., list[dict[str, Any]]]) -> ipywidgets.VBox:

@@ -63,7 +63,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
             yield f"http://127.0.0.1:{port}", folder / "runs"
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(60)
 
 
 def wait_for(address: str, server: subprocess.Popen, log: Path, seconds: float = 60) -> None:
@@ -226,7 +226,7 @@ from pathlib import Path
 from stakelib import widgets
 from stakelib.evaluation import Rating
 rows = [{"id": f"r{i}", "stakeholder": "Grid Operators", "prompt": "<img src=x onerror=alert(1)>"} for i in range(2)]
-said = [{"row_id": f"r{i}", "system": s, "text": f"{s} <script>alert({i})</script>"}
+said = [{"row_id": f"r{i}", "system": s, "text": f"{s} <script>alert({i})</script>" + " and so on" * 120}
         for i in range(2) for s in ("base", "tuned")]
 widgets.rate(Rating(Path("votes"), rows, said, "Ada"))
 """
@@ -250,6 +250,8 @@ def test_two_pairs_are_rated_with_the_keyboard_alone(chromium, lab: tuple[str, P
     alerts: list[str] = []
     page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
     open_and_run(page, address, "ballot.ipynb")
+    hidden = "t => [...document.querySelectorAll(t)].filter(x => x.scrollHeight > x.clientHeight + 1).length"
+    assert page.evaluate(hidden, ".jp-OutputArea textarea") == 0, "text that only a mouse can scroll to"
     page.locator(".jp-OutputArea button:has-text('A is better')").first.focus()
     for _ in range(2):  # accuracy A, naturalness same, relevance B, specificity A; then next, and back to the first
         for tabs, key in ((0, "Space"), (4, "Space"), (4, "Enter"), (1, "Space"), (4, "Space")):

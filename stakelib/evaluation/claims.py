@@ -50,7 +50,7 @@ def _costs(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str,
     said = {"total_time": clock(sum(s["seconds"] for s in stages.values()))} if stages else {}
     if seconds := [a["seconds"] for a in answers if a["system"] == "tuned" and a["seconds"]]:
         tokens = median(a["new_tokens"] for a in answers if a["system"] == "tuned")
-        said["answer_time"] = f"{median(seconds):.1f} s ({model}, {tokens:.0f} tokens, medians, several at once)"
+        said["answer_time"] = f"{median(seconds):.1f} s ({model}, llama.cpp, {tokens:.0f} tokens, several at once)"
     train = stages.get("train", {})
     told = train.get("result") or {}
     if "rows" in told:

@@ -100,8 +100,8 @@ def verdict(facts: Mapping[str, Any]) -> list[str]:
         f"{both[0]['faultless']} of its {both[0]['answers']} answers passed every check (95 % interval: {low:.0%} to "
         f"{high:.0%}), of the base model's {both[1]['faultless']}.",
         f"This run used {facts['prompts']} prompts from {facts['scenarios']} scenarios, so a true difference under "
-        f"about {100 * facts['smallest_visible_difference']:.0f} points would often stay unseen, single stakeholders "
-        f"are less certain still{unseen}.",
+        f"about {100 * facts['smallest_visible_difference']:.0f} points would often stay unseen, and single "
+        f"stakeholders are less certain still{unseen}.",
         f"{f'Compared blind, tuned won against base: {blind}' if blind else 'Nobody has rated these answers yet'}; the "
         "checks see form and figures, and whether an answer is wise or useful, only people can say.",
     ]
