@@ -14,7 +14,7 @@ from test_evaluation import GOOD, answer, row, scored
 
 from stakelib.dialogues import build, split
 from stakelib.dialogues.files import write_rows
-from stakelib.evaluation import alpha, ask, asking, compare, compare_runs, gate, general, held_out, score, win_rates
+from stakelib.evaluation import ask, asking, compare, compare_runs, gate, general, held_out, score
 from stakelib.evaluation.asking import prompted, report_prompts, reworded, texts
 from stakelib.models import Rendered, bits_per_byte
 from stakelib.run import PROFILES, CourseError
@@ -155,26 +155,6 @@ def test_two_runs_are_compared_on_the_rows_they_share(run: SimpleNamespace, aske
 
 
 # ---- raters
-
-
-def test_alpha_of_a_worked_example() -> None:
-    """Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", C: four observers, twelve units, nominal."""
-    n = np.nan
-    table = pd.DataFrame([[1, 2, 3, 3, 2, 1, 4, 1, 2, n, n, n], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, n, 3],
-                          [n, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, n], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, n]])  # fmt: skip
-    assert alpha(table, "nominal") == pytest.approx(0.743, abs=1e-3)
-    assert alpha(pd.DataFrame([[1, 2, 3], [1, 2, 3]])) == 1 and alpha(pd.DataFrame([[1, 2, 3], [3, 2, 1]])) < 0
-    assert np.isnan(alpha(pd.DataFrame([[1, n], [n, 2]]))) and np.isnan(alpha(pd.DataFrame([[1, 1], [1, 1]])))
-
-
-def test_win_rates_count_ties_half_and_know_clusters() -> None:
-    choices = pd.DataFrame({"question": "more natural", "scenario_id": list("aabbccdd"),
-                            "winner": ["tuned"] * 5 + ["tie"] * 2 + ["base"]})  # fmt: skip
-    line = win_rates(choices).iloc[0]
-    assert (line["wins"], line["ties"], line["losses"], line["win_rate"]) == (5, 2, 1, 0.75)
-    assert 0 < line["low"] < 0.75 < line["high"] < 1
-    with pytest.raises(CourseError, match="left"):
-        win_rates(choices.assign(winner="left"))
 
 
 # ---- bits per byte, and intervals of a difference

@@ -18,13 +18,11 @@ from stakelib.evaluation.measures import MEASURES, confusion, score
 from stakelib.evaluation.rating import Rating, agreement, preferences, rating_sheet, read_sheet
 from stakelib.evaluation.report import report
 from stakelib.evaluation.statistics import (
-    alpha,
     by_stakeholder,
     compare,
     gate,
     smallest_visible_difference,
     wilson,
-    win_rates,
 )
 from stakelib.evaluation.tool import (
     accepted_share,
@@ -37,9 +35,9 @@ from stakelib.evaluation.tool import (
 )
 
 __all__ = [
-    "MEASURES", "Rating", "SYSTEMS", "accepted_share", "agreement", "alpha", "answers", "ask", "ask_as_tool",
+    "MEASURES", "Rating", "SYSTEMS", "accepted_share", "agreement", "answers", "ask", "ask_as_tool",
     "ask_guide_prompts", "by_stakeholder", "compare", "compare_runs", "confusion", "gate", "general", "held_out",
     "laid_over", "nine_voices", "preferences", "prompted", "rating_sheet", "read_sheet", "report", "report_prompts",
     "reworded", "score", "smallest_visible_difference", "tool_patch", "tool_requests", "try_in_tool", "voices_heard",
-    "waiting", "wilson", "win_rates",
+    "waiting", "wilson",
 ]  # fmt: skip

@@ -184,39 +184,6 @@ def by_stakeholder(scores: pd.DataFrame, measures: Sequence[str]) -> pd.DataFram
     return pd.DataFrame(lines)
 
 
-def alpha(ratings: pd.DataFrame, level: str = "ordinal") -> float:
-    """Krippendorff's alpha of raters (rows) on items (columns), NaN where not rated: 1 agreement, 0 chance.
-
-    `level`: "nominal" for choices, "ordinal" for scales. NaN where no item has two ratings, or all ratings are equal.
-    """
-    import krippendorff
-
-    values = ratings.to_numpy(float)
-    rated = values[:, (values == values).sum(axis=0) > 1]
-    known = set(rated[rated == rated])
-    return float(krippendorff.alpha(rated, level_of_measurement=level)) if len(known) > 1 else float("nan")
-
-
-def win_rates(choices: pd.DataFrame, pair: tuple[str, str] = ("base", "tuned")) -> pd.DataFrame:
-    """Blind choices -> one line per question: wins of the second of `pair`, ties, losses, win rate, 95 % interval.
-
-    Columns needed: question, scenario_id, winner (a name of `pair`, or "tie"). A tie counts as half a win.
-    """
-    import pandas as pd
-
-    lines = []
-    for question, part in choices.groupby("question", sort=False):
-        value = part["winner"].map({pair[0]: 0.0, "tie": 0.5, pair[1]: 1.0})
-        if value.isna().any():
-            unknown = sorted(set(part["winner"][value.isna()].astype(str)))
-            raise CourseError(f"winners {unknown} are unknown", f"use {pair[0]}, {pair[1]} or tie")
-        low, high = clustered_wilson(value.to_numpy(float), list(part["scenario_id"]))
-        lines.append({"question": question, "n": len(part), "wins": int((value == 1).sum()),
-                      "ties": int((value == 0.5).sum()), "losses": int((value == 0).sum()),
-                      "win_rate": float(value.mean()), "low": low, "high": high})  # fmt: skip
-    return pd.DataFrame(lines)
-
-
 def gate(scores: pd.DataFrame, system: str = "tuned") -> pd.DataFrame:
     """The means of one system beside the bars of bars.json; measures that `scores` does not hold are left out.
 
