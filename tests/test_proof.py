@@ -153,7 +153,8 @@ def good() -> dict[str, Any]:
     (("nll", "f16"), 1.004, 1.006), (("nll", "q8"), 1.009, 1.011), (("nll", "q4"), 9.0, None),
     (("nll", "merged"), 1.004, 1.2), (("hops", "f16", "top"), 0.981, 0.979), (("hops", "q8", "top"), 0.5, None),
     (("engine", "f16", "agree"), 0.96, 0.94), (("engine", "q4", "agree"), 0.5, None),
-    (("engine", "q8", "unused"), 0, 1), (("engine", "q8", "stopped"), 0.75, 0.74), (("engine", "q4", "stopped"), 0.1, None),
+    (("engine", "q8", "unused"), 0, 1), (("engine", "q8", "stopped"), 0.75, 0.74),
+    (("engine", "q4", "stopped"), 0.1, None),
     (("engine", "q4", "same_template"), True, False), (("engine", "q8", "same_ids"), True, False),
 ])  # fmt: skip
 def test_each_limit_holds_on_both_sides(good: dict[str, Any], path: tuple, passes: float, fails: float | None) -> None:
