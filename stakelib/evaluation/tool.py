@@ -82,8 +82,9 @@ class Caller:
     def __exit__(self, *_: object) -> None:
         self.open.close()
 
-    def ask(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float,
-            seed: int) -> Iterator[tuple[int, Answer]]:
+    def ask(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int,
+            top_p: float = 1.0) -> Iterator[tuple[int, Answer]]:
+        """As other engines do; `top_p` is not sent, because the tool sends none: the Modelfile's 0.9 holds."""
         for i, prompt in enumerate(prompts):
             said = ask_as_tool(self.address, model_name(self.gguf), prompt, temperature, max_new_tokens, seed)
             yield i, Answer(said["response"], said["done_reason"] == "stop", said["eval_count"],
