@@ -24,10 +24,10 @@ def files() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 
-def take(folder: Path, name: str = "", only: str = "") -> Path:
+def take(folder: Path, called: str = "", only: str = "") -> Path:
     """Copy the figures of a finished run; refuses one whose stages were skipped, because its minutes mean nothing.
 
-    `name` of the record: that of the profile unless given; `only`: these notebooks (another machine did the rest).
+    `called`: the record's name, that of the profile unless given; `only`: these notebooks (another machine did the rest).
     """
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     timings = json.loads((folder / "notebooks" / "timings.json").read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def take(folder: Path, name: str = "", only: str = "") -> Path:
         "profile": record["profile"], "machine": record["machine"], "versions": record["versions"],
         "notebooks": {name[:2]: seconds for name, seconds in sorted(timings.items())}, "stages": kept,
     }  # fmt: skip
-    target = RECORDS / f"{name or record['profile']['name']}.json"
+    target = RECORDS / f"{called or record['profile']['name']}.json"
     RECORDS.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     return target
