@@ -25,7 +25,7 @@ def files() -> list[Path]:
 
 
 def take(folder: Path, called: str = "", only: str = "") -> Path:
-    """Copy the figures of a finished run; refuses one whose stages were skipped, because its minutes mean nothing.
+    """Copy the figures of a finished run; refuses one whose stages were skipped: its minutes mean nothing.
 
     `called`: the record's name, that of the profile unless given; `only`: these notebooks (another machine did the rest).
     """
