@@ -27,7 +27,7 @@ def files() -> list[Path]:
 def take(folder: Path, called: str = "", only: str = "") -> Path:
     """Copy the figures of a finished run; refuses one whose stages were skipped: its minutes mean nothing.
 
-    `called`: the record's name, that of the profile unless given; `only`: these notebooks (another machine did the rest).
+    `called`: the record's name, that of the profile unless given; `only`: these notebooks, the rest is another's.
     """
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     timings = json.loads((folder / "notebooks" / "timings.json").read_text(encoding="utf-8"))
