@@ -74,7 +74,6 @@ PASSED = [
     (CATALOG, "GgufConfig", "transformers:GgufConfig", 1),
     (CATALOG, "snapshot_download", "huggingface_hub:snapshot_download", 2),
     (GGUF_FILES, "add_key_value", "gguf:GGUFWriter.add_key_value", 1),
-    (GGUF_FILES, "add_tensor", "gguf:GGUFWriter.add_tensor", 1),
     ("course.py", "execute_notebook", "papermill:execute_notebook", 5),
     *((BACKEND, "model", f"transformers:{kind}ForCausalLM.forward", 3) for kind in ("Gemma", "Gemma3", "Llama")),
     *((LIKELIHOOD, "model", f"transformers:{kind}ForCausalLM.forward", 2) for kind in ("Gemma", "Gemma3", "Llama")),

@@ -59,7 +59,7 @@ def shaped_model(tiny: Path, folder: Path, kind: str, seed: int = 0) -> Path:
     rope = {"rope_type": "default", "rope_theta": 250.0}
     own = {
         "llama": {"rope_parameters": rope, "tie_word_embeddings": True, "head_dim": 16},
-        "gemma": {"rope_parameters": rope, "head_dim": 32},
+        "gemma": {"head_dim": 32},  # no rotary base of its own: llama.cpp's converter writes none for it
         "gemma2": {"rope_parameters": rope, "head_dim": 32, "query_pre_attn_scalar": 32},
         "gemma3_text": {
             "rope_parameters": {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 90.0}},
