@@ -167,7 +167,7 @@ def try_in_tool(run: Run, rows: Sequence[Mapping[str, Any]], system: str = "tune
     gguf = gguf_file(run, "q8") if system == "tuned" else ensure_base_gguf(base)["q8"]
     replies = answers(run, f"tool-{system}", gguf, rows, engine_factory=partial(Caller, tokenizer=base.folder),
                       max_new_tokens=run.profile.max_new_tokens, temperature=temperature, seed=run.profile.seed)
-    return pd.DataFrame([judge(row, reply) for row, reply in zip(rows, replies, strict=True)])
+    return pd.DataFrame([judge(row, {**reply, "system": system}) for row, reply in zip(rows, replies, strict=True)])
 
 
 def accepted_share(table: pd.DataFrame) -> pd.DataFrame:
