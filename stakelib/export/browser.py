@@ -41,7 +41,7 @@ def wllama(package: str = WLLAMA, digest: str = WLLAMA_SHA256) -> Path:
     with writing(folder) as part:
         part.mkdir(parents=True)
         done = subprocess.run(
-            [npm, "pack", package, "--silent", "--pack-destination", str(part)],
+            [npm, "pack", package, "--silent", "--fetch-retries=0", "--pack-destination", str(part)],
             capture_output=True, text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
         archive = next(part.glob("*.tgz"), None)
