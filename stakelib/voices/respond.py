@@ -168,7 +168,8 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
         raise CourseError(bad, "use one of the names above.")
     told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
     turns = [_once(scenario, told, profile, context, variant, seed)]
-    while _misses(turns[-1]) and len(turns) < 24:  # vague or long words came up: choose others
+    least = _misses_figures(len(told.shown()))  # no choice of words cites more figures than there are
+    while _misses(turns[-1]) > least and len(turns) < 24:  # vague or long words came up: choose others
         turns.append(_once(scenario, told, profile, context, variant, seed + 7919 * len(turns)))
     return min(turns, key=_misses)
 
@@ -178,7 +179,11 @@ def _misses(response: Response) -> int:
     texts = [response.initialReaction, *response.appreciation, *response.questions, *response.engagementAdvice,
              *(f"{c.text} {c.explanation}" for c in response.concerns)]
     words = sum(len(text.split()) for text in texts)
-    return 1000 * max(0, MIN_FACTS - len(response.facts)) + max(0, words - MAX_WORDS)
+    return _misses_figures(len(response.facts)) + max(0, words - MAX_WORDS)
+
+
+def _misses_figures(cited: int) -> int:
+    return 1000 * max(0, MIN_FACTS - cited)
 
 
 def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, variant: str, seed: int) -> Response:
