@@ -311,9 +311,10 @@ def only_one(folder: Path) -> "contextlib.AbstractContextManager[None]":
 
 
 def test_commands(everything: bool, extra: "list[str]") -> "list[list[str]]":
-    """pytest over tests/, then nbval over the notebooks in order; not these, if pytest arguments narrow the search."""
+    """pytest over tests/, two files at a time, then nbval over the notebooks in order, unless arguments narrow it."""
     pytest = [sys.executable, "-m", "pytest"]
-    units = pytest + [str(ROOT / "tests")] + ([] if everything else ["-m", "not slow"]) + extra
+    units = pytest + [str(ROOT / "tests"), "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    units += ([] if everything else ["-m", "not slow"]) + extra
     nbval = pytest + ["-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
     notebooks = [str(path) for path in choose_notebooks(None)]
     return [units] + ([nbval + notebooks] if notebooks and not extra else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,32 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window may open
+if "PYTEST_XDIST_WORKER" in os.environ:  # two files are tested at a time: more threads than cores wait for each other
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+LONGEST_FIRST = ("test_spine", "test_browser", "test_real", "test_never_lost")
 # No deadline: the machine is shared. The same examples every time: a red test is red for everybody.
 settings.register_profile(
     "course", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("course")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker ends long after the other."""
+    items.sort(key=lambda item: (*LONGEST_FIRST, item.path.stem).index(item.path.stem))
+
+
+@pytest.fixture()
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Says a measured figure; all are shown at the end, whichever worker measured them."""
+    return lambda text: record_property("told", text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", None) == "call"]
+    if told := [str(text) for r in reports for name, text in r.user_properties if name == "told"]:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(told))
 
 
 @pytest.fixture(scope="session")

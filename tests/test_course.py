@@ -466,5 +466,6 @@ def test_pytest_arguments_pass_through_and_slow_is_left_out() -> None:
     assert "-m" not in course.test_commands(True, [])[0][3:]
     options = course.parse(["test", "-k", "lock", "-x"])
     assert course.test_commands(options.all, options.extra) == [
-        [sys.executable, "-m", "pytest", str(course.ROOT / "tests"), "-m", "not slow", "-k", "lock", "-x"]
+        [sys.executable, "-m", "pytest", str(course.ROOT / "tests"), "-n", "2", "--dist", "loadfile",
+         "--no-loadscope-reorder", "-m", "not slow", "-k", "lock", "-x"]
     ]

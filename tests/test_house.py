@@ -194,11 +194,10 @@ def test_stages_import_one_way_and_lazily(rule: Callable[[Path], list[str]]) -> 
 LIMIT = 6900  # lines of code as counted now, far over the 4,000 once hoped for; lower it whenever it falls
 
 
-def test_stakelib_is_thin(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stakelib_is_thin(tell: Callable[[str], None]) -> None:
     sizes = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in sorted(STAKELIB.rglob("*.py"))}
     code = sum(map(code_lines, sorted(STAKELIB.rglob("*.py"))))
-    with capsys.disabled():
-        print(f"\nstakelib: {code} lines of code (limit {LIMIT}), {sum(sizes.values())} lines in all")
+    tell(f"stakelib: {code} lines of code (limit {LIMIT}), {sum(sizes.values())} lines in all")
     assert code <= LIMIT
     assert {name: size for name, size in sizes.items() if size > 400} == {}
     assert len((ROOT / "course.py").read_text(encoding="utf-8").splitlines()) <= 400

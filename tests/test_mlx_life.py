@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,7 +234,7 @@ def gemma_2b() -> Any:
     return config_of("gemma-2b-it")
 
 
-def test_gemma_2b_fits_an_m1_our_way_and_not_the_guides_way(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gemma_2b_fits_an_m1_our_way_and_not_the_guides_way(tell: Callable[[str], None]) -> None:
     """900 tokens is the longest row shipped, 400 the longest answer; see test_plan for the rows themselves."""
     from stakelib.training import RECIPES
     from stakelib.training.mlx_memory import told
@@ -242,9 +243,8 @@ def test_gemma_2b_fits_an_m1_our_way_and_not_the_guides_way(capsys: pytest.Captu
     guide = replace(RECIPES["guide-mlx"], precision="bfloat16", checkpointing="off")
     parts = mlx_memory(gemma_2b(), ours, LONGEST, 400)
     theirs = mlx_memory(gemma_2b(), guide, LONGEST, LONGEST, rows=2)  # the loss over the prompt too
-    with capsys.disabled():
-        print(f"\ngemma-2b-it on an M1 of 8 GB ({M1_LIMIT_GB:.2f} GB for its graphics cores), {LONGEST} tokens")
-        print(f"  ours: {told(parts)}\n  the guide's: {told(theirs)}")
+    tell(f"gemma-2b-it on an M1 of 8 GB ({M1_LIMIT_GB:.2f} GB for its graphics cores), {LONGEST} tokens")
+    tell(f"  ours: {told(parts)}\n  the guide's: {told(theirs)}")
     assert sum(parts.values()) < M1_LIMIT_GB < sum(theirs.values())
     assert theirs["weights"] == pytest.approx(2 * 2_506_172_416 / 2**30, rel=0.01)
     assert parts["weights"] == pytest.approx(theirs["weights"] * 0.5625 / 2, rel=1e-6)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -380,7 +381,7 @@ def test_half_files_are_seen(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_killed_at_ten_random_moments_it_always_ends_the_same(
-    loud: str, home: Path, capsys: pytest.CaptureFixture[str]
+    loud: str, home: Path, tell: Callable[[str], None]
 ) -> None:
     whole, other = (loud_run(home / name, loud) for name in ("whole", "other"))
     result, _ = train(whole, LONG), train(other, replace(LONG, seed=LONG.seed + 1))
@@ -403,8 +404,7 @@ def test_killed_at_ten_random_moments_it_always_ends_the_same(
         assert ended["valid_loss"] == [[s, pytest.approx(loss, abs=1e-4)] for s, loss in result["valid_loss"]]
         assert [p for p in run.folder.rglob("*") if p.suffix in (".part", ".old")] == []
         told.append(f"{moment:.2f} s, " + ("finished" if finished else f"on from step {ended['resumed_at']}"))
-    with capsys.disabled():
-        print(f"\nkilled at, of {seconds:.2f} s: " + "; ".join(told))
+    tell(f"killed at, of {seconds:.2f} s: " + "; ".join(told))
 
 
 # ------------------------------------------------------------------------------------------------- two processes

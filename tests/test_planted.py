@@ -141,7 +141,7 @@ def measured(rows: list[Row], texts: list[str], ear: object) -> list[dict]:
 
 
 def test_planted_faults_are_found_and_clean_text_is_left_alone(
-    world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    world: SimpleNamespace, tell: Callable[[str], None]
 ) -> None:
     start, done = time.process_time(), CLEAN
     clean = measured(world.judged, [r["completion"] for r in world.judged], world.listener)
@@ -156,10 +156,9 @@ def test_planted_faults_are_found_and_clean_text_is_left_alone(
         table.append((fault, len(rows), sum(found) / len(rows), alarms / CLEAN))
         missed += [(fault, t) for t, ok in zip(texts, found, strict=True) if not ok][:2]
     seconds = time.process_time() - start
-    with capsys.disabled():
-        print(f"\n{'planted fault':24}{'answers':>8}{'found':>8}{'false alarms':>14}")
-        print("\n".join(f"{fault:24}{n:8}{rate:8.0%}{alarms:14.1%}" for fault, n, rate, alarms in table))
-        print(f"all measures of 1,000 answers: {1000 * seconds / done:.0f} s of processor time (budget 20 s)")
+    tell(f"{'planted fault':24}{'answers':>8}{'found':>8}{'false alarms':>14}")
+    tell("\n".join(f"{fault:24}{n:8}{rate:8.0%}{alarms:14.1%}" for fault, n, rate, alarms in table))
+    tell(f"all measures of 1,000 answers: {1000 * seconds / done:.0f} s of processor time (budget 20 s)")
     assert len(clean) == CLEAN and all(n >= 60 for _, n, _, _ in table)
     assert [line for line in table if line[2] < SEEN or line[3] > FALSE] == [], missed
 

@@ -58,7 +58,7 @@ def all_cores() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 2))
     yield
     torch.set_num_threads(before)
 

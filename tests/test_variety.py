@@ -9,6 +9,7 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -116,7 +117,7 @@ def accuracy(rows: list[Dialogue], label: str) -> float:
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("rows_of", [every_voice, from_all_figures])
-def test_texts_are_grounded_rich_and_varied(rows_of: object, n: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_grounded_rich_and_varied(rows_of: object, n: int, tell: Callable[[str], None]) -> None:
     scenarios = sample(n, seed=23)
     rows = rows_of(scenarios)  # type: ignore[operator]
     assert all(gate["failures"] == 0 for gate in check(rows))  # figures, claims, sections, duplicates
@@ -125,9 +126,8 @@ def test_texts_are_grounded_rich_and_varied(rows_of: object, n: int, capsys: pyt
     slack = 1.0 if n == 300 else 2.2  # a few texts repeat by chance
     table = {name: (most_often(group), mean_bleu(group)) for name, group in
              ((k, list(g)) for k, g in groupby(rows, key=attrgetter("stakeholder_id")))}
-    with capsys.disabled():
-        for name, ((share, sentence), score) in table.items():
-            print(f"\n{name:21} BLEU-4 {score:.3f}  {share:.3f} {sentence}", end="")
+    for name, ((share, sentence), score) in table.items():
+        tell(f"{name:21} BLEU-4 {score:.3f}  {share:.3f} {sentence}")
     assert {k: v for k, v in table.items() if v[0][0] > MOST_OFTEN * slack or v[1] > BLEU * min(slack, 1.05)} == {}
 
 

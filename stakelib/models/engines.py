@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -87,10 +88,11 @@ class LlamaCpp:
         import psutil
         import xllamacpp
 
+        threads = int(os.environ.get("OMP_NUM_THREADS") or psutil.cpu_count(logical=False) or 2)
         params = xllamacpp.CommonParams()
         params.model.path = str(self.gguf)
         params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = psutil.cpu_count(logical=False) or 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.hostnames, params.ui, params.warmup, params.verbosity = ["127.0.0.1"], False, False, -1
         try:
             self.server = xllamacpp.Server(params)

@@ -27,7 +27,7 @@ from stakelib.training.rows import load_rows
 SLOWER, SWAPPED_GB = 5.0, 0.5  # together they mean that memory went to disk: 200 tokens/s became 1.4 (mlx-examples#210)
 
 
-def mlx_place(run: Run, rows: int = 24) -> Run | None:
+def mlx_place(run: Run, rows: int = 12) -> Run | None:
     """Where notebook 03 trains: `run` itself on a Mac; elsewhere a run of the tiny model inside it, on short rows.
 
     None where MLX cannot be loaded. What was decided, and why, goes into the record.
