@@ -149,7 +149,7 @@ def test_the_page_answers_for_two_stakeholders_without_a_network(chromium, lab: 
         page.goto(address)
         expect(page.locator("#status")).to_have_text(re.compile("^Ready"), timeout=60_000)
         assert page.evaluate("crossOriginIsolated")
-        for number, name in enumerate(("Finance", "Public")):
+        for number, name in enumerate(("Financial", "Public")):
             choice = next(o for o in page.locator("#stakeholder option").all_inner_texts() if name in o)
             page.get_by_label("Stakeholder").select_option(choice)
             assert choice in page.locator("#prompt").text_content()
