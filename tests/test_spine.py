@@ -216,7 +216,7 @@ def test_a_run_killed_in_training_goes_on_and_ends_the_same(spine: SimpleNamespa
     process = start(spine.place, "--out", str(folder))
     checkpoint = first_checkpoint(folder, process)
     end(process)
-    assert checkpoint.exists()
+    assert [*checkpoint.parent.glob("checkpoint-*/complete.json")]  # a newer one may have replaced it
     assert "train" not in record(folder)["stages"]
     assert not (folder / "models" / "stakeholder-tiny-gemma-lora").exists()
     output = finish(start(spine.place, "--out", str(folder)))
