@@ -316,8 +316,7 @@ def test_commands(everything: bool, extra: "list[str]") -> "list[list[str]]":
     units = pytest + [str(ROOT / "tests"), "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     units += ([] if everything else ["-m", "not slow"]) + extra
     nbval = pytest + ["-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
-    notebooks = [str(path) for path in choose_notebooks(None)]
-    return [units] + ([nbval + notebooks] if notebooks and not extra else [])
+    return [units] if extra else [units, nbval + [str(path) for path in choose_notebooks(None)]]
 
 
 def test_course(options: argparse.Namespace) -> int:

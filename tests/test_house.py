@@ -273,7 +273,8 @@ def test_every_test_runs_in_ci_and_asserts() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert re.search(r"^exec python3 course\.py test --all$", ci, re.MULTILINE)
     units = course.test_commands(True, [])[0]
-    assert units[1:] == ["-m", "pytest", str(ROOT / "tests")]  # the whole folder, nothing left out
+    assert units[1:4] == ["-m", "pytest", str(ROOT / "tests")]  # the whole folder, nothing left out
+    assert units[4:] == ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     settings = pyproject()["tool"]["pytest"]["ini_options"]
     narrowing = ("python_files", "python_functions", "norecursedirs", "collect_ignore")
     assert [key for key in settings if key in narrowing] == []
