@@ -39,6 +39,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("\n".join(told))
 
 
+@pytest.fixture()
+def many_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For simulations: statsmodels collects all garbage at every correction, half a second beside loaded models."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder that holds course.py."""

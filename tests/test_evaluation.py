@@ -259,7 +259,7 @@ def test_bootstrap_means_cover_too() -> None:
     assert coverage(interval, 0.5, 12, 300) >= 0.92
 
 
-def test_no_difference_is_rarely_called_one() -> None:
+def test_no_difference_is_rarely_called_one(many_worlds: None) -> None:
     """Base and tuned with the same luck per scenario, 11 scenarios x 4 prompts: at most 1 wrong verdict in 12."""
     rng, wrong = np.random.default_rng(5), 0
     for _ in range(60):

@@ -168,7 +168,7 @@ def test_bits_per_byte_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.5, 0.9), (0.9, 0.98)])
-def test_the_interval_of_a_difference_covers_it_for_clustered_pairs(first: float, second: float) -> None:
+def test_the_interval_of_a_difference_covers_it(first: float, second: float, many_worlds: None) -> None:
     rng, hits, worlds = np.random.default_rng(4), 0, 200
     for _ in range(worlds):
         luck = [rng.beta(rate * 6, (1 - rate) * 6, (20, 1)) for rate in (first, second)]
