@@ -97,6 +97,8 @@ def work(folder: Path, kinds: list[str]) -> dict[str, Any]:
         found[kind] = {"peak_gb": round(watch.peak_gb, 2), "seconds": round(watch.seconds, 1),
                        "gb": round(target.stat().st_size / 1e9, 2)}  # fmt: skip
         print(f"{kind}: {found[kind]}", file=sys.stderr, flush=True)
+    if found["f16"]["gb"] < 1.9 * weights_of(folder) / 1e9:
+        raise SystemExit("the converter left weights out")
     for kind in found:
         folder.with_name(f"{folder.name}-{kind.lower()}.gguf").unlink()
     return found

@@ -24,10 +24,11 @@ def random_model(name: str, folder: Path, dtype: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    # the converter reads model*.safetensors only, whatever the index says
     one = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + weight
     files: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in model.named_parameters():  # tied ones come once
-        files.setdefault("layer-" + key.split(".")[2] if ".layers." in key else "rest", {})[key] = tensor.shape
+        files.setdefault("model-" + (key.split(".")[2] if ".layers." in key else "rest"), {})[key] = tensor.shape
     for file, shapes in files.items():
         tensors = {
             key: torch.full(shape, one, dtype=config.dtype)
