@@ -26,7 +26,8 @@ FLEET = {"coal": "#3a3a3a", "gas": "#8c8c8c", "diesel": "#b08a5b", "hfo": "#7d5a
          "hydro": "#0072B2", "geothermal": "#b5463c", "biomass": "#5a7d2a", "wind": "#56B4E9", "solarPV": "#E69F00",
          "solarCSP": "#D55E00", "battery": "#009E73", "pumpStorage": "#66c2a5", "interconnector": "#d5d9de"}
 NATS = "nats per token\n(lower is better)"
-LOOK = {"base": {"color": BASE, "markerfacecolor": "white"}, "tuned": {"color": TUNED, "markerfacecolor": TUNED}}
+LOOKS = ({"color": BASE, "markerfacecolor": "white"}, {"color": TUNED, "markerfacecolor": TUNED})  # of base, of tuned
+PAIR = ("base", "tuned")
 
 
 @cache
@@ -145,11 +146,11 @@ def coverage(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _dumbbell(axis: Axes, y: float, pair: Mapping[str, tuple[float, float | None, float | None]]) -> None:
-    """Base and tuned with their intervals on one line of a percent axis."""
-    for offset, (system, (value, low, high)) in zip((0.14, -0.14), pair.items(), strict=False):
+    """Two systems, the first drawn as base is, with their intervals on one line of a percent axis."""
+    for offset, look, (system, (value, low, high)) in zip((0.14, -0.14), LOOKS, pair.items(), strict=False):
         if low is not None and not math.isnan(low):
-            axis.plot([100 * low, 100 * high], [y + offset] * 2, color=LOOK[system]["color"], lw=1.6, alpha=0.6)
-        axis.plot(100 * value, y + offset, "o", ms=7, mew=1.6, clip_on=False, zorder=3, label=system, **LOOK[system])
+            axis.plot([100 * low, 100 * high], [y + offset] * 2, color=look["color"], lw=1.6, alpha=0.6)
+        axis.plot(100 * value, y + offset, "o", ms=7, mew=1.6, clip_on=False, zorder=3, label=system, **look)
 
 
 def _percent_axis(axis: Axes, names: Sequence[str]) -> None:
@@ -161,15 +162,19 @@ def _percent_axis(axis: Axes, names: Sequence[str]) -> None:
     axis.spines["left"].set_visible(False)
 
 
-def base_vs_tuned(comparison: pd.DataFrame) -> Any:
-    """Base (hollow) and tuned (filled) with 95 % intervals, for the measures that are percentages and are judged."""
-    lines = [c for c in comparison.to_dict("records") if c["kind"] != "number"]
+def base_vs_tuned(comparison: pd.DataFrame, pair: tuple[str, str] = PAIR) -> Any:
+    """Base (hollow) and tuned (filled) with 95 % intervals, for the measures that are percentages and are judged.
+
+    `pair`: any other two systems of the comparison.
+    """
+    lines, (first, second) = [c for c in comparison.to_dict("records") if c["kind"] != "number"], pair
     tally = {v: sum(c["verdict"] == v for c in lines) for v in ("better", "worse", "cannot tell")}
-    title = "Tuned against base: better on {better}, worse on {worse}, unclear on {cannot tell}".format_map(tally)
-    told = "; ".join(f"{c['label']}: {c['base']:.0%} to {c['tuned']:.0%}, {c['verdict']}" for c in lines)
+    title = "{} against {}: better on {better}, worse on {worse}, unclear on {cannot tell}"
+    title = title.format(second.capitalize(), first, **tally)
+    told = "; ".join(f"{c['label']}: {c[first]:.0%} to {c[second]:.0%}, {c['verdict']}" for c in lines)
     chart, (axis,) = _chart(title, told, size=(7.5, 1.1 + 0.5 * len(lines)))
     for y, c in enumerate(lines):
-        _dumbbell(axis, y, {s: (c[s], c[f"{s}_low"], c[f"{s}_high"]) for s in ("base", "tuned")})
+        _dumbbell(axis, y, {s: (c[s], c[f"{s}_low"], c[f"{s}_high"]) for s in pair})
         colour, at = {"better": GREEN, "worse": WARN}.get(c["verdict"], BASE), ("axes fraction", "data")
         axis.annotate(c["verdict"], (1.03, y), xycoords=at, va="center", fontsize=9, color=colour)
     arrow = {"higher": "(more is better)", "lower": "(less is better)"}
@@ -183,18 +188,18 @@ def _one_each(axis: Axes) -> tuple[list, list]:
     return list(found.values()), list(found)
 
 
-def per_stakeholder(table: pd.DataFrame) -> Any:
+def per_stakeholder(table: pd.DataFrame, pair: tuple[str, str] = PAIR) -> Any:
     """Small multiples, one panel per measure, one line per stakeholder; `table` is evaluation.by_stakeholder's."""
     names, labels = list(dict.fromkeys(table["stakeholder"])), list(dict.fromkeys(table["label"]))
-    worst = table[table["system"] == "tuned"].groupby("stakeholder")["value"].mean()
+    worst = table[table["system"] == pair[1]].groupby("stakeholder")["value"].mean()
     chart, axes = _chart(
         f"By stakeholder: at most {int(table['n'].max())} prompts each, so single voices are uncertain",
-        f"Lowest tuned average over the panels: {worst.idxmin()}." if len(worst) else "", len(labels),
+        f"Lowest {pair[1]} average over the panels: {worst.idxmin()}." if len(worst) else "", len(labels),
         size=(2.2 + 1.9 * len(labels), 3.6), sharey=True)  # fmt: skip
     for axis, label in zip(axes, labels, strict=True):
         for y, name in enumerate(names):
             part = table[(table["label"] == label) & (table["stakeholder"] == name)].set_index("system")
-            known = [s for s in ("base", "tuned") if s in part.index]
+            known = [s for s in pair if s in part.index]
             _dumbbell(axis, y, {s: tuple(part.loc[s, ["value", "low", "high"]]) for s in known})
         axis.set_title(textwrap.fill(label, 17), fontsize=9.5, loc="left", color=INK)
         _percent_axis(axis, names)

@@ -24,8 +24,12 @@ def answers(
     seed: int = 0,
     top_p: float = 1.0,
     progress: Callable[[str], None] = print,
+    voices: Sequence[str] | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> list[dict[str, Any]]:
     """Answer every row's prompt with the GGUF at `gguf_path`; return one dict per row, in the order of `rows`.
+
+    With `voices`, one for each row, that voice's file of `adapters` answers, laid over the GGUF by the engine.
 
     Finished answers are appended to evaluation/answers-<system>.jsonl under a key made of the file's sha256, the
     prompt and the settings: a killed run asks only what is missing, and a changed model file is asked afresh.
@@ -36,15 +40,19 @@ def answers(
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings |= {"top_p": top_p} if temperature else {}  # greedy has none
     made_with = json.dumps([sha256(gguf_path), settings], sort_keys=True)
-    keys = [hashlib.sha256(f"{made_with}\n{row['prompt']}".encode()).hexdigest() for row in rows]
-    saved = _saved(file)
+    laid = {who: "\n" + sha256(file) for who, file in (adapters or {}).items()}
+    over = [laid[who] for who in voices] if voices else [""] * len(rows)
+    asked = [f"{made_with}\n{row['prompt']}{adapter}" for row, adapter in zip(rows, over, strict=True)]
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
+    saved, of = _saved(file), dict(zip(keys, voices or keys, strict=True))
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in saved}
     if missing:
         if engine_factory is None:
             from stakelib.models import engine as engine_factory
         about = {"system": system, "gguf": gguf_path.name}
         with engine_factory(gguf_path) as engine, file.open("a", encoding="utf-8", newline="\n") as out:
-            replies = engine.ask([row["prompt"] for row in missing.values()], **settings)
+            more = {"voices": [of[key] for key in missing]} if voices else {}
+            replies = engine.ask([row["prompt"] for row in missing.values()], **settings, **more)
             _append(replies, missing, about, out, saved, Progress(system, len(set(keys)), "answers", 5.0, progress))
     if lost := [row["id"] for key, row in zip(keys, rows, strict=True) if key not in saved]:
         raise CourseError([f"{system}: no answer to row {i}" for i in lost], "run this cell again; finished ones stay")

@@ -72,7 +72,7 @@ def report(
     facts = finite(facts)
     atomic_write_json(run.path("evaluation", "evaluation.json"), facts)
     voices = [row["stakeholder"] for row in rows]
-    page = _template().render(
+    page = template("report.html.j2").render(
         facts=facts,
         figures=[embed(plots.base_vs_tuned(comparison)), embed(plots.per_stakeholder(split))],
         bad=[{**w, "segments": marked(scores, texts, w["row_id"], "tuned")} for w in facts["worst"]],
@@ -193,13 +193,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page of this folder's templates; what it is given is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(__file__).parent / "templates"
     env = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.filters["shown"] = _shown
-    return env.get_template("report.html.j2")
+    return env.get_template(name)
 
 
 def _shown(value: float | None, kind: str) -> str:

@@ -133,7 +133,6 @@ def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
     verdict on the second: "better" or "worse" only if p_holm < 0.05 and the interval of the difference leaves out 0.
     """
     import pandas as pd
-    from statsmodels.stats.multitest import multipletests
 
     if missing := set(pair) - set(scores["system"]):
         raise CourseError([f"no answers of '{s}'" for s in sorted(missing)], "ask both systems with answers() first")
@@ -147,13 +146,27 @@ def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
             found = _compare_one(*values, list(wide.index.get_level_values("scenario_id")), about.kind, pair)
             lines.append({"measure": name, "label": about.label, "kind": about.kind, "unit": about.unit,
                           "direction": about.direction, **found})  # fmt: skip
-    table = pd.DataFrame(lines)
+    return _judged(pd.DataFrame(lines))
+
+
+def _judged(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a comparison with p corrected over all of them that are judged, and the verdict."""
+    from statsmodels.stats.multitest import multipletests
+
     judged = table["direction"] != "none"
     table["p_holm"] = float("nan")
     if judged.any():
         table.loc[judged, "p_holm"] = multipletests(table.loc[judged, "p"], method="holm")[1]
     table["verdict"] = [_verdict(line) for line in table.to_dict("records")]
     return table
+
+
+def compare_each(scores: pd.DataFrame, measures: Sequence[str], pair: tuple[str, str] = ("base", "tuned")) -> Any:
+    """`compare` for each stakeholder by itself, with p corrected over all stakeholders and measures together."""
+    import pandas as pd
+
+    parts = [compare(part, measures, pair).assign(stakeholder=who) for who, part in scores.groupby("stakeholder")]
+    return _judged(pd.concat(parts, ignore_index=True))
 
 
 def _verdict(line: dict[str, Any]) -> str:

@@ -62,6 +62,11 @@ class Ask(BaseModel):
         return "\n\n".join(filter(None, texts))
 
 
+def name_of(ask: Ask) -> str:
+    """The name of the model that is asked, without the tag that Ollama adds."""
+    return ask.model.removesuffix(":latest")
+
+
 class Guarded(RequestHandler):
     """Only for programs and pages of this computer: a foreign Host (DNS rebinding) or Origin gets 403."""
 
@@ -131,7 +136,7 @@ class Api(Guarded):
                 raise ValueError(f"the prompt has {len(ids)} tokens; with the answer {CONTEXT} are the limit")
         except (ValueError, RecursionError) as problem:  # pydantic's and JSON's errors are ValueErrors
             raise HTTPError(400, str(problem)) from None
-        if ask.model.removesuffix(":latest") not in self.about["names"]:
+        if name_of(ask) not in self.about["names"]:
             raise HTTPError(404, f"model '{ask.model}' not found")
         if what == "show":
             return self.finish({"details": {"format": "gguf"}, "model_info": {}, "capabilities": ["completion"]})
@@ -155,7 +160,7 @@ class Api(Guarded):
     async def answer(self, what: str, ask: Ask, ids: list[int]) -> None:
         """Write the answer as it comes, or whole; nothing more once the caller is gone."""
         start, parts, last = time.monotonic(), [], {}
-        async for last in self.chunks(ids, ask.options):
+        async for last in self.chunks(ids, ask.options, self.about["names"][name_of(ask)]):
             parts.append(last["choices"][0]["text"])
             if ask.stream and parts[-1]:
                 self.say(what, ask, parts[-1])
@@ -169,14 +174,17 @@ class Api(Guarded):
             eval_count=usage["completion_tokens"], eval_duration=round(times["predicted_ms"] * 1e6),
         )  # fmt: skip
 
-    async def chunks(self, ids: list[int], options: Options) -> AsyncIterator[dict[str, Any]]:
-        """What llama.cpp writes; it stops at the next token once the caller is gone, time is up or we close down."""
+    async def chunks(self, ids: list[int], options: Options, voice: str | None) -> AsyncIterator[dict[str, Any]]:
+        """What llama.cpp writes, `voice` being the adapter that speaks, if any.
+
+        It stops at the next token once the caller is gone, time is up or we close down.
+        """
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop, until = asyncio.get_running_loop(), time.monotonic() + self.about["seconds"]
         new = options.num_predict if options.num_predict >= 0 else CONTEXT
         settings = options.model_dump(exclude={"num_predict"}, exclude_none=True) | {
             "prompt": ids, "n_predict": min(new, CONTEXT - len(ids)), "stream": True, "cache_prompt": False,
-            "min_p": 0.0}  # fmt: skip
+            "min_p": 0.0, **self.llama.lora(voice)}  # fmt: skip
 
         def each(chunk: dict[str, Any]) -> bool:
             loop.call_soon_threadsafe(queue.put_nowait, chunk)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 
-from stakelib.export import gguf_file
+from stakelib.export import ensure_base_gguf, gguf_file
+from stakelib.export.adapter_files import export_nine
 from stakelib.export.endpoint import CONTEXT, Api, Page
 from stakelib.models import base_model
 from stakelib.models.engines import LlamaCpp
@@ -32,17 +33,20 @@ BODY, SECONDS = 256 * 1024, 120.0  # largest request in bytes; longest that an a
 
 @contextlib.contextmanager
 def serving(
-    gguf: Path, tokenizer: Path, port: int = 0, *, alias: str = "", page: Path | None = None, seconds: float = SECONDS
+    gguf: Path, tokenizer: Path, port: int = 0, *, alias: str = "", page: Path | None = None, seconds: float = SECONDS,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Iterator[str]:
     """Serve the model in `gguf` on 127.0.0.1 while the context lasts; yields the address once it is warm.
 
-    The model's name is that of the file without its quantisation; `alias` is a second one. `tokenizer`: the base
+    The model's name is that of the file without its quantisation; `alias` is a second one. `adapters`: GGUF adapters
+    by model name: each answers under its own, and `alias` then means the first of them. `tokenizer`: the base
     model's folder, whose template wraps each prompt as in training. `port` 0 takes a free one. `page`: a folder to
     serve at /. An answer ends with an error after `seconds`. Raises CourseError where the port is taken.
     """
     sockets, up, halt = _listen(port), threading.Event(), threading.Event()
-    names = tuple(filter(None, (model_name(gguf), alias)))
-    with LlamaCpp(gguf, tokenizer, CALLERS, CONTEXT) as llama, ThreadPoolExecutor(CALLERS) as pool:
+    names = {model_name(gguf): None, **{name: name for name in adapters or {}}}
+    names |= {alias: next(iter(adapters or {}), None)} if alias else {}
+    with LlamaCpp(gguf, tokenizer, CALLERS, CONTEXT, adapters) as llama, ThreadPoolExecutor(CALLERS) as pool:
         about = {"llama": llama, "names": names, "pool": pool, "seconds": seconds, "halt": halt}
         routes: list[Any] = [(r"/api/(tags|version|show|generate|chat)", Api, about)]
         if page:
@@ -60,6 +64,10 @@ def serving(
 def model_name(gguf: Path) -> str:
     """The name under which a GGUF is served: its file's, without the quantisation."""
     return Path(gguf).stem.rpartition("-")[0]
+
+
+def _named(gguf: Path, adapters: Mapping[str, Path]) -> str:
+    return "models " + ", ".join(f"'{name}'" for name in adapters) if adapters else f"model '{model_name(gguf)}'"
 
 
 async def _loop(
@@ -98,17 +106,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<profile>)")
     parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s, Ollama's own")
     parser.add_argument("--alias", default="", help="a second name, as in gemma2:2b, the tool's default")
+    parser.add_argument("--voices", action="store_true", help="the nine adapters of notebook 07, each by its own name")
     options = parser.parse_args()
     try:
         run = _opened(options.out)
-        gguf, page = gguf_file(run, "q8"), run.folder / "page"
+        base, page = base_model(run.profile.model), run.folder / "page"
+        adapters = {file.stem: file for file in export_nine(run).values()} if options.voices else {}
+        gguf = ensure_base_gguf(base)["q8"] if adapters else gguf_file(run, "q8")
         if not gguf.exists():
             raise CourseError(f"{gguf} is missing", "run the course up to notebook 05, or name another run with --out")
         print(f"Loading {gguf.name} ...", flush=True)
         shown = page if page.exists() else None
-        base = base_model(run.profile.model)
-        with serving(gguf, base.folder, options.port, alias=options.alias, page=shown) as address:
-            print(f"Ready: model '{model_name(gguf)}' at {address}, for programs of this computer only.")
+        with serving(
+            gguf, base.folder, options.port, alias=options.alias, page=shown, adapters=adapters
+        ) as address:
+            print(f"Ready: {_named(gguf, adapters)} at {address}, for programs of this computer only.")
             print(f"The page: {address}/" if shown else "No page yet: notebook 08 makes it.")
             print("To stop: Ctrl-C", flush=True)
             while True:

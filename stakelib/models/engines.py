@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,21 +33,33 @@ class Answer:
 
 
 def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None,
-           context: int = 2048) -> Any:
+           context: int = 2048, adapters: Mapping[str, Path] | None = None) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
     folder in that form).
     `tokenizer`: the base model's folder; ids are made by the same `render` as in training. `context`: tokens of one
-    prompt and its answer in llama.cpp.
+    prompt and its answer in llama.cpp. `adapters`: LoRA by the name of its voice, in the engine's own form (in
+    llama.cpp GGUF adapters); `ask(prompts, voices=[...])` then switches, None being the base.
     """
     if not Path(path).exists():
         raise CourseError(f"{path} is missing", "run notebooks 04 and 05 first")
     if kind == "mlx":
         from stakelib.models.mlx_models import Mlx
 
-        return Mlx(path, tokenizer, adapter)
-    return LlamaCpp(path, tokenizer, context=context) if kind == "llama.cpp" else Transformers(path, tokenizer, adapter)
+        return Mlx(path, tokenizer, adapter, adapters)
+    if kind == "llama.cpp":
+        return LlamaCpp(path, tokenizer, context=context, adapters=adapters)
+    return Transformers(path, tokenizer, adapter, adapters)
+
+
+def known_voices(voices: Sequence[str | None] | None, prompts: Sequence[str],
+                 adapters: Mapping[str, Path]) -> list[str | None]:
+    """One voice for each prompt, None being the base; CourseError for voices without an adapter."""
+    if unknown := {str(v) for v in voices or () if v is not None and v not in adapters}:
+        raise CourseError([f"no adapter for voice '{v}'" for v in sorted(unknown)],
+                          f"choose one of: {', '.join(adapters) or 'none is loaded'}")
+    return list(voices or [None] * len(prompts))
 
 
 def quiet() -> None:
@@ -80,8 +92,9 @@ def load_config(folder: Path) -> Any:
 class LlamaCpp:
     """llama.cpp in this process, answering several prompts at once (continuous batching)."""
 
-    def __init__(self, gguf: Path, tokenizer: Path, at_once: int = 8, context: int = 2048) -> None:
-        self.gguf, self.at_once, self.context = Path(gguf), at_once, context
+    def __init__(self, gguf: Path, tokenizer: Path, at_once: int = 8, context: int = 2048,
+                 adapters: Mapping[str, Path] | None = None) -> None:
+        self.gguf, self.at_once, self.context, self.adapters = Path(gguf), at_once, context, dict(adapters or {})
         self.tokenizer = load_tokenizer(tokenizer)
 
     def __enter__(self) -> LlamaCpp:
@@ -94,9 +107,12 @@ class LlamaCpp:
         params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.hostnames, params.ui, params.warmup, params.verbosity = ["127.0.0.1"], False, False, -1
+        params.lora_adapters = [_lora(file) for file in self.adapters.values()]
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError as problem:
+            if self.adapters:
+                raise self._refused(problem) from problem
             raise CourseError(
                 f"llama.cpp cannot load {self.gguf.name}: {problem}", "delete it and run notebook 05 again"
             ) from problem
@@ -107,19 +123,35 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         del self.server
 
+    def _refused(self, problem: Exception) -> CourseError:
+        """The way out where llama.cpp takes no adapters: a merged file each, as large as the base."""
+        count, mb = len(self.adapters), self.gguf.stat().st_size / 1e6
+        return CourseError(
+            f"llama.cpp cannot load {self.gguf.name} with {count} adapters: {problem}",
+            f"merge each into a file of its own, export(voice_run, adapter): {count} x {mb:,.0f} MB instead of one")
+
+    def lora(self, voice: str | None) -> dict[str, Any]:
+        """What a request must say to be answered by this voice's adapter, or by the base alone."""
+        on = [{"id": i, "scale": 1.0} for i, name in enumerate(self.adapters) if name == voice]
+        return {"lora": on} if self.adapters else {}
+
     def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
-            top_p: float = 1.0, ids: bool = False) -> Iterator[tuple[int, Answer]]:
+            top_p: float = 1.0, ids: bool = False,
+            voices: Sequence[str | None] | None = None) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy.
 
-        With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them).
+        With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them). `voices`: for
+        each prompt the adapter that answers, or None for the base.
         """
+        voices = known_voices(voices, prompts, self.adapters)
         settings = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "cache_prompt": False}
         settings |= {"top_p": top_p} if temperature else {}
         settings |= {"logprobs": 1} if ids else {}  # the only place where the reply tells them
         pool = ThreadPoolExecutor(self.at_once)
         try:
             waiting = {
-                pool.submit(self._one, render(self.tokenizer, p).ids, settings): i for i, p in enumerate(prompts)}
+                pool.submit(self._one, render(self.tokenizer, p).ids, settings | self.lora(v)): i
+                for i, (p, v) in enumerate(zip(prompts, voices, strict=True))}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         finally:
@@ -151,33 +183,65 @@ class LlamaCpp:
             return json.load(reply)["tokens"]
 
 
-class Transformers:
-    """A model folder in transformers, with a LoRA adapter on top if one is given; greedy, all prompts in one batch."""
+def _lora(file: Path) -> Any:
+    from xllamacpp import CommonAdapterLoraInfo
 
-    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None) -> None:
+    info = CommonAdapterLoraInfo()
+    info.path, info.scale = str(file), 0.0  # silent until a request asks for it
+    return info
+
+
+class Transformers:
+    """A model folder in transformers, with a LoRA adapter on top if one is given; greedy, prompts of a voice at once.
+
+    With `adapters` the base is loaded once, and `speak(voice)` switches between them.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None,
+                 adapters: Mapping[str, Path] | None = None) -> None:
         self.folder, self.adapter, self.tokenizer = Path(folder), adapter, load_tokenizer(tokenizer)
+        self.adapters = dict(adapters or {})
 
     def __enter__(self) -> Self:
         self.model = self.load()
         return self
 
+    def speak(self, voice: str | None) -> None:
+        """Let the adapter of `voice` answer from now on; None: the base alone."""
+        if voice:
+            self.model.set_adapter(voice)
+        self.model.base_model.enable_adapter_layers() if voice else self.model.base_model.disable_adapter_layers()
+
     def __exit__(self, *_: object) -> None:
         del self.model
 
     def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0,
-            seed: int = 0) -> Iterator[tuple[int, Answer]]:
-        """Yield (index, Answer); only new tokens are decoded. Sampling is llama.cpp's job: temperature must be 0."""
+            seed: int = 0, voices: Sequence[str | None] | None = None) -> Iterator[tuple[int, Answer]]:
+        """Yield (index, Answer), voice by voice; only new tokens are decoded.
+
+        Sampling is llama.cpp's job: temperature must be 0. `voices`: the adapter of each prompt, None for the base.
+        """
         if temperature:
             raise CourseError("this engine is greedy", "use temperature 0, or the llama.cpp engine")
         rows, stops = [render(self.tokenizer, p).ids for p in prompts], stop_ids(self.tokenizer)
-        for i, (new, seconds) in enumerate(self.generate(rows, stops, max_new_tokens)):
-            stop = next((k for k, t in enumerate(new) if t in stops), None)
-            text = self.tokenizer.decode(new[:stop], skip_special_tokens=True)
-            yield i, Answer(text, stop is not None, len(new) if stop is None else stop + 1, len(rows[i]), seconds)
+        voices = known_voices(voices, prompts, self.adapters)
+        for voice in dict.fromkeys(voices):
+            if self.adapters:
+                self.speak(voice)
+            places = [i for i, v in enumerate(voices) if v == voice]
+            said = self.generate([rows[i] for i in places], stops, max_new_tokens)
+            for i, (new, seconds) in zip(places, said, strict=True):
+                stop = next((k for k, t in enumerate(new) if t in stops), None)
+                text = self.tokenizer.decode(new[:stop], skip_special_tokens=True)
+                yield i, Answer(text, stop is not None, len(new) if stop is None else stop + 1, len(rows[i]), seconds)
 
     def load(self) -> Any:
-        """The model, ready to be asked."""
-        return load_weights(self.folder, self.adapter)
+        """The model, ready to be asked; of several adapters each lies beside the others, in the base's own format."""
+        first, *others = self.adapters or [None]
+        model = load_weights(self.folder, self.adapters.get(first, self.adapter), name=first or "default")
+        for voice in others:
+            model.load_adapter(self.adapters[voice], voice, autocast_adapter_dtype=False)
+        return model
 
     def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
                  max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
@@ -195,11 +259,12 @@ class Transformers:
         yield from ((new, seconds) for new in whole[:, width:].tolist())
 
 
-def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = None) -> Any:
+def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = None, name: str = "default") -> Any:
     """A causal language model in evaluation mode, from a folder of safetensors or from a GGUF (de-quantised).
 
     `dtype` None takes what this machine multiplies fastest; "int8" and "nf4" pack the matrices of the layers
-    (bitsandbytes), while embeddings and sums stay in that format. `adapter`: a PEFT folder laid over it.
+    (bitsandbytes), while embeddings and sums stay in that format. `adapter`: a PEFT folder laid over it; named, it is
+    kept in the base's own format, to be one of several.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -222,7 +287,7 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, adapter, name, autocast_adapter_dtype=name == "default")
     for layer in model.eval().modules() if packed else ():
         if type(layer).__module__.startswith("bitsandbytes"):
             # In evaluation mode bitsandbytes rounds what comes in, or packs 4 bits so that no gradient passes any more

@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stakelib.models.adapters import check_adapter
+from stakelib.models.adapters import MLX_FILES, check_adapter, shapes
 from stakelib.models.catalog import BaseModel, cache_folder
 from stakelib.models.chat import Rendered
 from stakelib.models.engines import Transformers
@@ -108,16 +108,37 @@ def mlx_nll(folder: Path, rows: Sequence[Rendered], adapter: Path | None = None)
 
 
 class Mlx(Transformers):
-    """An MLX model folder, with a LoRA adapter (its `mlx/` folder) on top if one is given; greedy, one by one."""
+    """An MLX model folder, with a LoRA adapter (its `mlx/` folder) on top if one is given; greedy, one by one.
 
-    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None) -> None:
-        super().__init__(folder, tokenizer, adapter)
-        if adapter:
-            check_adapter(adapter, tokenizer)
+    Of several `adapters`, which must be equal in rank, layers and matrices, the one that speaks is read into the place
+    of the last: memory holds one.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None,
+                 adapters: Mapping[str, Path] | None = None) -> None:
+        super().__init__(folder, tokenizer, adapter, adapters)
+        for each in (*self.adapters.values(), *([adapter] if adapter else ())):
+            check_adapter(each, tokenizer)
+        if len({str(sorted(shapes(each / MLX_FILES[1]).items())) for each in self.adapters.values()}) > 1:
+            raise CourseError("these adapters differ in rank, layers or matrices", "train all of them with one recipe")
+        self.speaking: str | None = next(iter(self.adapters), None)
 
     def load(self) -> Any:
         """The model, ready to be asked."""
-        return load_mlx(self.folder, self.adapter)
+        return load_mlx(self.folder, next(iter(self.adapters.values()), self.adapter))
+
+    def speak(self, voice: str | None) -> None:
+        """Let the adapter of `voice` answer from now on; None, the base alone: its lora_b are zero."""
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        if voice != self.speaking and voice:
+            self.model.load_weights(str(self.adapters[voice] / MLX_FILES[1]), strict=False)
+        elif voice != self.speaking:
+            own = [(n, mx.zeros_like(t)) for n, t in tree_flatten(self.model.parameters()) if n.endswith("lora_b")]
+            self.model.load_weights(own, strict=False)
+        mx.eval(self.model.parameters())
+        self.speaking = voice
 
     def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
                  max_new_tokens: int) -> Iterator[tuple[list[int], float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 from dataclasses import replace
@@ -14,7 +15,7 @@ from jinja2 import StrictUndefined, Template
 
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
-from stakelib.models.adapters import to_mlx
+from stakelib.models.adapters import PEFT_FILES, check_adapter, shapes, to_mlx
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
 from stakelib.training.keep import as_begun
 from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
@@ -35,13 +36,15 @@ def adapter_folder(run: Run) -> Path:
     return run.path("models", f"stakeholder-{base_model(run.profile.model).short_name}-lora")
 
 
-def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = None) -> dict[str, Any]:
+def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = None,
+          start: Path | None = None) -> dict[str, Any]:
     """Train an adapter on the run's training rows and save it with a model card; skipped if nothing changed.
 
     Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Started by
     `accelerate launch`, the processes share the rows of each step, and the first one alone writes.
     With `rows`, a trial of one epoch on that many rows, drawn by the seed so that a larger trial holds the rows of a
-    smaller one; its adapter goes to training/trials/. Returns the losses (nats per learned token), tokens and speed.
+    smaller one; its adapter goes to training/trials/. `start`: an adapter folder to go on from instead of the base
+    alone, of the same recipe's shape. Returns the losses (nats per learned token), tokens and speed.
     Raises CourseError for bad rows, a run that cannot fit into memory, or a broken loss.
     """
     if backend not in ("auto", *BACKENDS):
@@ -52,7 +55,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
     name = f"trial-{recipe.name}-{rows}" if rows else "train"
     folder = run.path("training", "trials", name) if rows else adapter_folder(run)
     files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
-    inputs = [*files, base.folder / "source.json"]
+    inputs = [*files, base.folder / "source.json", *([start] if start else ())]
     settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": backend}
     if backend == "auto":  # this machine's own, unless another machine has finished this very training with the other
         own = "mlx" if machine.metal()[0] else "peft"
@@ -60,9 +63,11 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         settings["backend"] = backend = next(made, own)
 
     def checkpoints() -> Path:
-        return run.path("training", f"checkpoints-{_key(settings, files)}")
+        return run.path("training", f"checkpoints-{_key(settings, [*files, *([start] if start else ())])}")
 
     def work() -> dict[str, Any]:
+        if start:
+            _same_shape(start, recipe, load_config(base.folder))
         if backend == "mlx" and machine.mlx()[0] == "none":
             raise CourseError(machine.mlx()[1], "use backend='peft' (notebook 04), which runs everywhere")
         tokenizer = load_tokenizer(base.folder)
@@ -84,11 +89,11 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         settled = replace(recipe, precision=precision, checkpointing=checkpointing)
         if backend == "mlx":
-            save, result = train_mlx(base, settled, epochs, train_rows, valid_rows, checkpoints())
+            save, result = train_mlx(base, settled, epochs, train_rows, valid_rows, checkpoints(), start)
         else:
             from stakelib.training.peft_backend import train_peft
 
-            model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints())
+            model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints(), start)
             save = model.save_pretrained
         result |= {"backend": backend, "precision": precision, "precision_why": why, "checkpointing": checkpointing}
         result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
@@ -110,6 +115,16 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
 def _key(settings: dict[str, Any], files: list[Path]) -> str:
     """Names the checkpoints of exactly these settings and rows: others are never continued by mistake."""
     return hashlib.sha256(json.dumps([settings, *map(sha256, files)]).encode()).hexdigest()[:12]
+
+
+def _same_shape(start: Path, recipe: Recipe, config: Any) -> None:
+    """Raise CourseError unless the adapter in folder `start` has the numbers that this recipe trains."""
+    check_adapter(start)
+    made = json.loads((start / PEFT_FILES[0]).read_text(encoding="utf-8"))
+    numbers = sum(math.prod(size) for size in shapes(start / PEFT_FILES[1]).values())
+    if (made["r"], made["lora_alpha"], numbers) != (recipe.rank, recipe.alpha, adapter_parameters(config, recipe)):
+        raise CourseError(f"{start.name} has rank {made['r']}, alpha {made['lora_alpha']} and {numbers:,} numbers, not "
+                          f"those of recipe '{recipe.name}'", "go on with the recipe that it was trained with")
 
 
 def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any]) -> None:

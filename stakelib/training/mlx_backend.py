@@ -122,7 +122,7 @@ class Keeper(TrainingCallback):
     def __init__(self, model: Any, optimizer: Any, recipe: Recipe, job: dict[str, Any], say: Callable[..., None]):
         self.model, self.optimizer, self.recipe, self.say = model, optimizer, recipe, say
         self.folder, self.steps, self.every = Path(job["checkpoints"]), job["steps"], job["every"]
-        self.valid, self.names = [Rendered(*row) for row in job["valid"]], job["names"]
+        self.valid, self.names, self.start = [Rendered(*row) for row in job["valid"]], job["names"], job.get("start")
         self.config = {"model": job["model"], "base_precision": recipe.precision}
         self.config |= lora_config(recipe, len(model.layers))
         self.step, self.history, self.best = 0, [], None  # best: [step, validation loss]
@@ -133,9 +133,14 @@ class Keeper(TrainingCallback):
         return keep.diverged(what, self.names[first:end], self.best and self.best[0], self.folder)
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint; one of step 0 holds no more than an adapter to begin with."""
+        """Go on from the newest whole checkpoint, or from the adapter to start with, if there is one.
+
+        A checkpoint of step 0 holds no more than an adapter to begin with.
+        """
         found = keep.last_checkpoint(self.folder)
         if found is None:
+            if self.start:
+                self.model.load_weights(self.start, strict=False)
             return
         state = json.loads((found / "state.json").read_text(encoding="utf-8"))
         self.step, self.history, self.best = state["step"], state["history"], state["best"]

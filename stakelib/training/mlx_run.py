@@ -75,7 +75,7 @@ def swap_gb() -> float:
 
 
 def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
-              checkpoints: Path) -> tuple[Callable[[Path], Any], dict[str, Any]]:
+              checkpoints: Path, start: Path | None = None) -> tuple[Callable[[Path], Any], dict[str, Any]]:
     """As `train_peft`, with MLX in a process of its own: what crashes the graphics driver spares the notebook.
 
     The recipe's precision and checkpointing are decided before (`settle_mlx`). Every checkpoint is an adapter that
@@ -86,6 +86,7 @@ def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered
     job = {
         "base": str(mlx_folder(base, recipe.precision).resolve()), "model": base.origin,
         "checkpoints": str(checkpoints.resolve()),
+        "start": str((start / "mlx" / "adapters.safetensors").resolve()) if start else None,
         "recipe": replace(recipe, learning_rate=rate_for(load_config(base.folder), recipe)).settings(),
         "train": [[r.ids, r.mask] for r in train], "valid": [[r.ids, r.mask] for r in valid],
         "names": [train[i].where for i in order], "steps": steps,

@@ -144,8 +144,8 @@ class Watch(TrainerCallback):
 
 
 def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
-               checkpoints: Path) -> tuple[Any, dict[str, Any]]:
-    """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one.
+               checkpoints: Path, start: Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one, else from `start`.
 
     The recipe's precision and checkpointing are decided before (`settle`). Returns the peft model holding the best
     adapter by validation loss, and the result: history of training and validation loss (nats per learned token), best
@@ -155,6 +155,8 @@ def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], v
     model = load_weights(base, dtype=recipe.precision)
     model.config.use_cache = False
     model = get_peft_model(model, lora_config(recipe, model.config))
+    if start:
+        model.load_adapter(start, "default", is_trainable=True)
     if recipe.checkpointing == "on":
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # or the way back would go through the layers below those that learn
