@@ -21,7 +21,7 @@ import pytest
 
 from stakelib.run import PROFILES, sha256
 
-STAGES = {"data", "trial-course-24", "trial-guide-pc-24", "train", "guide-prompts", "export", "parity"}
+STAGES = {"data", "trial-course-24", "trial-guide-pc-24", "train", "guide-prompts", "export", "parity", "voices"}
 MINUTES = 15  # a hung run must end the test, not the day
 
 # Put on PYTHONPATH where the system lets nobody take the network away: this Python and its children stay at home.

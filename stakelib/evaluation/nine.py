@@ -19,7 +19,7 @@ from stakelib.dialogues.classifier import heard
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.report import template
 from stakelib.export import ensure_base_gguf, merge, to_gguf
-from stakelib.export.adapter_files import ALL, adapter_to_gguf, export_nine
+from stakelib.export.adapter_files import ALL, adapter_to_gguf, nine_files
 from stakelib.models import base_model, engine
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import Run, anonymous_mb, atomic_write_text
@@ -42,7 +42,7 @@ def ask_voices(run: Run, system: str, rows: Sequence[Mapping[str, Any]],
     with `voices`, the stakeholder id whose adapter answers each row. All prompts are in flight together.
     """
     base = base_model(run.profile.model)
-    files = export_nine(run, "one" if system == FROM_ONE else "base")
+    files = nine_files(run, "one" if system == FROM_ONE else "base")
     own = [ALL if system == PAIR[0] else row["stakeholder_id"] for row in rows]
     factory = partial(engine, tokenizer=base.folder, adapters=files)
     return answers(run, system, ensure_base_gguf(base)["q8"], rows, engine_factory=factory, adapters=files,
@@ -82,7 +82,7 @@ def switching(run: Run, kind: str = "llama.cpp", times: int = 90, prompt: str = 
     base, files = base_model(run.profile.model), voice_adapters(run)
     source = base.folder
     if kind == "llama.cpp":
-        source, files = ensure_base_gguf(base)["q8"], {k: f for k, f in export_nine(run).items() if k != ALL}
+        source, files = ensure_base_gguf(base)["q8"], {k: f for k, f in nine_files(run).items() if k != ALL}
     elif kind == "mlx":
         source, files = mlx_folder(base, "float32"), {who: folder / "mlx" for who, folder in files.items()}
     found: dict[str, Any] = {"engine": kind}
@@ -130,7 +130,7 @@ def costs(run: Run, said: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    files = export_nine(run)
+    files = nine_files(run)
     record, mb = run.record["stages"]["voices"]["result"], {who: f.stat().st_size / 1e6 for who, f in files.items()}
     base_mb = ensure_base_gguf(base_model(run.profile.model))["q8"].stat().st_size / 1e6
     nine = [who for who in files if who != ALL]

@@ -13,6 +13,7 @@ from stakelib.models.adapters import PEFT_FILES, check_adapter
 from stakelib.run import CourseError, Run, writing
 from stakelib.training import adapter_folder
 from stakelib.training.nine import PLACES, voice_adapters, voice_run
+from stakelib.voices import STAKEHOLDERS
 
 ALL = "all"  # the name of the one adapter for all nine, beside the stakeholder ids
 
@@ -23,10 +24,8 @@ def export_nine(run: Run, start: str = "base") -> dict[str, Path]:
     Returns name (ALL or a stakeholder id) -> file; a file is called after the model that the endpoint serves,
     voices/stakeholder-<base>-finance.gguf. The record keeps bytes, training seconds and peak memory of each.
     """
-    base = base_model(run.profile.model)
-    adapters = {ALL: adapter_folder(run), **voice_adapters(run, start)}
-    files = {who: run.path(PLACES[start], f"{served_name(run, who)}.gguf") for who in adapters}
-    gguf = ensure_base_gguf(base)["q8"]
+    adapters, files = {ALL: adapter_folder(run), **voice_adapters(run, start)}, _files(run, start)
+    gguf = ensure_base_gguf(base_model(run.profile.model))["q8"]
 
     def work() -> dict[str, Any]:
         for who, adapter in adapters.items():
@@ -37,6 +36,18 @@ def export_nine(run: Run, start: str = "base") -> dict[str, Path]:
 
     run.stage(PLACES[start], {"kind": "Q8_0"}, [*adapters.values(), gguf], list(files.values()), work)
     return files
+
+
+def nine_files(run: Run, start: str = "base") -> dict[str, Path]:
+    """What `export_nine` wrote, by the same names. Raises CourseError if a file is missing."""
+    files = _files(run, start)
+    if missing := [f"{file.name} is missing" for file in files.values() if not file.exists()]:
+        raise CourseError(missing, "run export_nine(run), as in notebook 07")
+    return files
+
+
+def _files(run: Run, start: str) -> dict[str, Path]:
+    return {who: run.path(PLACES[start], f"{served_name(run, who)}.gguf") for who in (ALL, *STAKEHOLDERS)}
 
 
 def served_name(run: Run, who: str = ALL) -> str:

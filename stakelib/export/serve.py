@@ -20,7 +20,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application
 
 from stakelib.export import ensure_base_gguf, gguf_file
-from stakelib.export.adapter_files import export_nine
+from stakelib.export.adapter_files import nine_files
 from stakelib.export.endpoint import CONTEXT, Api, Page
 from stakelib.models import base_model
 from stakelib.models.engines import LlamaCpp
@@ -111,7 +111,7 @@ def main() -> int:
     try:
         run = _opened(options.out)
         base, page = base_model(run.profile.model), run.folder / "page"
-        adapters = {file.stem: file for file in export_nine(run).values()} if options.voices else {}
+        adapters = {file.stem: file for file in nine_files(run).values()} if options.voices else {}
         gguf = ensure_base_gguf(base)["q8"] if adapters else gguf_file(run, "q8")
         if not gguf.exists():
             raise CourseError(f"{gguf} is missing", "run the course up to notebook 05, or name another run with --out")

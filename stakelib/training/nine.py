@@ -37,20 +37,23 @@ def voice_run(run: Run, who: str, start: str = "base") -> Run:
 def split_rows(run: Run, start: str = "base") -> dict[str, Run]:
     """Write each stakeholder's own training and validation rows into its run; returns stakeholder id -> run.
 
-    All rows of the run, whatever their task, go to exactly one voice; a file whose rows are the same is left as it is.
-    Raises CourseError listing each voice without rows.
+    Each training row of the run, whatever its task, goes to exactly one voice. A voice without a validation row of its
+    own is validated on those of all, and that is said. A file whose rows are the same is left as it is. Raises
+    CourseError listing each voice without training rows.
     """
-    problems, voices = [], {who: voice_run(run, who, start) for who in STAKEHOLDERS}
-    for part in PARTS:
-        rows = load_rows(run.path("training_data", f"{part}.jsonl"))
-        for who, own in voices.items():
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows if r["stakeholder_id"] == who)
-            file = own.path("training_data", f"{part}.jsonl")
-            problems += [] if text else [f"{part}.jsonl holds no row of '{who}'"]
-            if text and not (file.exists() and file.read_text(encoding="utf-8") == text):
+    voices = {who: voice_run(run, who, start) for who in STAKEHOLDERS}
+    train, valid = (load_rows(run.path("training_data", f"{part}.jsonl")) for part in PARTS)
+    own = {who: [[r for r in rows if r["stakeholder_id"] == who] for rows in (train, valid)] for who in voices}
+    if problems := [f"train.jsonl holds no row of '{who}'" for who, (rows, _) in own.items() if not rows]:
+        raise CourseError(problems, "make more rows in notebook 01: each voice needs some")
+    if lone := [who for who, (_, rows) in own.items() if not rows]:
+        print(f"validated on the rows of all voices, having none of their own: {', '.join(lone)}", flush=True)
+    for who, (rows, some) in own.items():
+        for part, mine in zip(PARTS, (rows, some or valid), strict=True):
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in mine)
+            file = voices[who].path("training_data", f"{part}.jsonl")
+            if not (file.exists() and file.read_text(encoding="utf-8") == text):
                 atomic_write_text(file, text)
-    if problems:
-        raise CourseError(problems, "make more rows in notebook 01: each voice needs some in both files")
     return voices
 
 
