@@ -20,6 +20,7 @@ from stakelib.evaluation.report import report
 from stakelib.evaluation.statistics import (
     by_stakeholder,
     compare,
+    compare_each,
     gate,
     smallest_visible_difference,
     wilson,
@@ -36,8 +37,8 @@ from stakelib.evaluation.tool import (
 
 __all__ = [
     "MEASURES", "Rating", "SYSTEMS", "accepted_share", "agreement", "answers", "ask", "ask_as_tool",
-    "ask_guide_prompts", "by_stakeholder", "compare", "compare_runs", "confusion", "gate", "general", "held_out",
-    "laid_over", "nine_voices", "preferences", "prompted", "rating_sheet", "read_sheet", "report", "report_prompts",
-    "reworded", "score", "smallest_visible_difference", "tool_patch", "tool_requests", "try_in_tool", "voices_heard",
-    "waiting", "wilson",
+    "ask_guide_prompts", "by_stakeholder", "compare", "compare_each", "compare_runs", "confusion", "gate",
+    "general", "held_out", "laid_over", "nine_voices", "preferences", "prompted", "rating_sheet", "read_sheet",
+    "report", "report_prompts", "reworded", "score", "smallest_visible_difference", "tool_patch", "tool_requests",
+    "try_in_tool", "voices_heard", "waiting", "wilson",
 ]  # fmt: skip

@@ -61,7 +61,7 @@ def plan_nine(run: Run, recipe: Recipe) -> pd.DataFrame:
     """What the nine trainings will need, before they start: one line each, and one for all of them together.
 
     Columns: rows, learned tokens, minutes (from one short real step on this machine), peak memory and free memory (GB,
-    of one at a time), MB that the adapter takes on disk in 32 bits. Raises CourseError if one of them cannot fit.
+    of one at a time), MB of the adapter on disk in both forms. Raises CourseError if one of them cannot fit.
     """
     import pandas as pd
 
@@ -79,7 +79,7 @@ def plan_nine(run: Run, recipe: Recipe) -> pd.DataFrame:
         lines.append({
             "voice": who, "rows": len(own), "learned tokens": run.profile.epochs * sum(sum(r.mask) for r in own),
             "minutes": minutes * sum(len(r.ids) for r in own) / tokens, "GB": sum(parts.values()), "GB free": free_gb,
-            "MB": 4e-6 * numbers * (len(data) if who == "all nine" else 1)})
+            "MB": 8e-6 * numbers * (len(data) if who == "all nine" else 1)})
     return pd.DataFrame(lines)
 
 
