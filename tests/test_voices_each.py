@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,13 +105,15 @@ def texts(model: Any, prompts: list[str], voices: list[str | None] | None = None
 
 
 @pytest.mark.parametrize("kind", ["transformers", "mlx"])
-def test_one_loaded_base_speaks_as_each_adapter_and_as_itself(kind: str, made: SimpleNamespace) -> None:
+def test_one_loaded_base_speaks_as_each_adapter_and_as_itself(
+    kind: str, made: SimpleNamespace, tmp_path: Path
+) -> None:
     if kind == "mlx" and machine.mlx()[0] == "none":
         pytest.skip(machine.mlx()[1])
     base, adapters = made.base, {"bank": made.adapter, "village": made.other}
     folder = mlx_folder(base, "float32") if kind == "mlx" else base.folder
     if kind == "mlx":
-        adapters = {who: to_mlx(adapter) for who, adapter in adapters.items()}
+        adapters = {who: to_mlx(shutil.copytree(adapter, tmp_path / who)) for who, adapter in adapters.items()}
     alone: dict[str | None, list[str]] = {}
     for who, adapter in {**adapters, None: None}.items():
         with engine(folder, base.folder, kind, adapter) as model:
