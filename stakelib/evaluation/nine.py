@@ -73,11 +73,12 @@ def engines_here(run: Run) -> list[str]:
 
 
 def switching(run: Run, kind: str = "llama.cpp", times: int = 90, prompt: str = "Who speaks?") -> dict[str, Any]:
-    """Switch the nine adapters `times` times in one process, and the same with one adapter that stays.
+    """Switch the nine adapters `times` times in one process; and, beside it, one adapter alone that stays.
 
-    "ms one", "ms nine": median of asking for three tokens, with the switch or without; "switch ms": what the switch
-    adds; "MB one", "MB nine": memory of this process that the system cannot drop, with one and with nine loaded;
-    "same every time": whether each voice answered alike at each of its turns.
+    "ms one", "ms nine": median time of an answer of 16 tokens; "switch ms": of the switch, in llama.cpp, where it is
+    part of the request, the difference of the two; "MB one", "MB nine": memory of this process that the system cannot
+    drop, with one and with nine loaded; "different": how many of the voices' answers differ; "same every time":
+    whether each voice answered alike at each of its turns.
     """
     base, files = base_model(run.profile.model), voice_adapters(run)
     source = base.folder
@@ -86,17 +87,22 @@ def switching(run: Run, kind: str = "llama.cpp", times: int = 90, prompt: str = 
     elif kind == "mlx":
         source, files = mlx_folder(base, "float32"), {who: folder / "mlx" for who, folder in files.items()}
     found: dict[str, Any] = {"engine": kind}
-    for name, count in (("one", 1), ("nine", len(files))):
+    for name, count, turns in (("one", 1, -(-times // 3)), ("nine", len(files), times)):
         gc.collect()
-        some, seconds, said = dict(list(files.items())[:count]), [], {who: set() for who in files}
+        some = dict(list(files.items())[:count])
+        seconds, switched, said = [], [], {who: set() for who in some}
         with engine(source, base.folder, kind, adapters=some) as model:
-            for who in [*some, *(list(some) * times)[:times]]:
+            for who in (list(some) * (turns + 1))[: count + turns]:  # a first round warms up
                 start = time.perf_counter()
-                ((_, answer),) = model.ask([prompt], max_new_tokens=3, voices=[who])
+                if kind != "llama.cpp":
+                    model.speak(who)
+                switched.append(time.perf_counter() - start)
+                ((_, answer),) = model.ask([prompt], max_new_tokens=16, voices=[who])
                 seconds.append(time.perf_counter() - start)
                 said[who].add(answer.text)
             found |= {f"ms {name}": 1000 * median(seconds[count:]), f"MB {name}": anonymous_mb()}
-    return found | {"switch ms": max(0.0, found["ms nine"] - found["ms one"]),
+    added = found["ms nine"] - found["ms one"] if kind == "llama.cpp" else 1000 * median(switched[count:])
+    return found | {"switch ms": max(0.0, added), "different": len({min(t) for t in said.values()}),
                     "same every time": all(len(texts) == 1 for texts in said.values())}  # fmt: skip
 
 
