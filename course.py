@@ -368,7 +368,7 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     test = commands.add_parser("test", help="the tests; further arguments go to pytest", allow_abbrev=False)
     test.add_argument("--all", action="store_true", help="also those that need real weights")
     commands.add_parser("lab", help="JupyterLab; further arguments go to it")
-    commands.add_parser("serve", help="the tuned model for the tool and a browser; --out, --port, --alias")
+    commands.add_parser("serve", help="the tuned model for the tool and a browser; --out, --port, --alias, --voices")
     commands.add_parser("doctor", help="what this machine is, what is missing")
     commands.add_parser("pack", help="a run folder (as in runs/quick) into one file")
     commands.add_parser("unpack", help="a packed run into runs/, or into a new folder that --out names")
