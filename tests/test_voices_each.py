@@ -269,16 +269,19 @@ def test_a_second_start_trains_nothing(trained: SimpleNamespace, capsys: pytest.
     assert capsys.readouterr().out.count("train: up to date") == 9
 
 
-def test_a_voice_can_go_on_from_the_adapter_for_all(trained: SimpleNamespace, home: Path) -> None:
+@pytest.mark.parametrize("backend", ["peft", "mlx"])
+def test_a_voice_can_go_on_from_the_adapter_for_all(backend: str, trained: SimpleNamespace, home: Path) -> None:
+    if backend == "mlx" and machine.mlx()[0] == "none":
+        pytest.skip(machine.mlx()[1])
     still, start = replace(BRIEF, name="still", learning_rate=0.0), adapter_folder(trained.run)
     own = split_rows(nine_rows(Run.open(home / "run", "smoke")), "one")["finance"]
     assert own.folder.parent.name == "voices-from-one"
-    train(own, still, start=start)
+    train(own, still, backend, start=start)
     assert furthest(tensors(own), tensors(trained.run)) == 0
-    train(own, still)
+    train(own, still, backend)
     assert furthest(tensors(own), tensors(trained.run)) > 0  # without it, the beginning is the recipe's
     with pytest.raises(CourseError, match="rank 4, alpha 8"):
-        train(own, replace(still, rank=8), start=start)
+        train(own, replace(still, rank=8), backend, start=start)
 
 
 def test_going_on_needs_the_adapter_for_all(tiny: BaseModel, home: Path) -> None:

@@ -18,7 +18,7 @@ from stakelib.dialogues import build
 from stakelib.dialogues.classifier import heard
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.report import template
-from stakelib.export import ensure_base_gguf, merge, to_gguf
+from stakelib.export import ensure_base_gguf, merge, to_gguf, trained_in_mlx
 from stakelib.export.adapter_files import ALL, adapter_to_gguf, nine_files
 from stakelib.models import base_model, engine
 from stakelib.models.mlx_models import mlx_folder
@@ -85,7 +85,8 @@ def switching(run: Run, kind: str = "llama.cpp", times: int = 90, prompt: str = 
     if kind == "llama.cpp":
         source, files = ensure_base_gguf(base)["q8"], {k: f for k, f in nine_files(run).items() if k != ALL}
     elif kind == "mlx":
-        source, files = mlx_folder(base, "float32"), {who: folder / "mlx" for who, folder in files.items()}
+        precision = trained_in_mlx(next(iter(files.values()))) or "float32"
+        source, files = mlx_folder(base, precision), {who: folder / "mlx" for who, folder in files.items()}
     found: dict[str, Any] = {"engine": kind}
     for name, count, turns in (("one", 1, -(-times // 3)), ("nine", len(files), times)):
         gc.collect()
