@@ -378,7 +378,7 @@ def test_the_advice_follows_from_the_figures() -> None:
     assert told("better", "cannot tell").startswith("Prefer one each: better on stopping")
     assert told("worse", "cannot tell").startswith("Prefer one for all: one each is worse on stopping")
     assert told("cannot tell").startswith("Prefer one for all, the simpler")
-    assert "190 MB against 150; 45 prompts; single stakeholders: none" in told("better", "worse")
+    assert "190.0 MB against 150.0; 45 prompts; single stakeholders: none" in told("better", "worse")
 
 
 def test_every_adapter_is_asked_as_every_stakeholder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def advice(comparison: pd.DataFrame, each: pd.DataFrame, cost: pd.DataFrame) -> 
         (False, False): "Prefer one for all, the simpler: these prompts show no difference on any measure; one each "
                         "pays where single voices must be changed without touching the others",
     }[bool(named["better"]), bool(named["worse"])]  # fmt: skip
-    return (f"{found} ({nine:,.0f} MB against {one:,.0f}; {judged['n'].max()} prompts; single stakeholders: "
+    return (f"{found} ({nine:,.1f} MB against {one:,.1f}; {judged['n'].max()} prompts; single stakeholders: "
             f"{who or 'none that can be told apart'}).")  # fmt: skip
 
 
