@@ -16,6 +16,7 @@ from stakelib import plots
 from stakelib.evaluation import Rating, compare, report, score
 from stakelib.evaluation.claims import UNKNOWN
 from stakelib.evaluation.report import NOT_MEASURED, faults, finite, marked, verdict, worst
+from stakelib.run import clock
 from stakelib.scenarios import sample
 
 HOSTILE = '<script>alert(1)</script><img src=http://evil.example/x onerror="alert(1)"> {{ 7*7 }} $x^$'
@@ -40,6 +41,7 @@ RECORD = {
             "result": TRAINED,
         },
         "export": {"seconds": 9.0, "result": {"bytes": {"f16": 200_000_000}}},
+        "voices": {"seconds": 5000.0}, "page": {"seconds": 5000.0},  # made after the report: no part of its total
     },
     "machine": {"processor": "Intel(R) Core(TM) i7-10610U"},
     "versions": {"torch": "2.13.0"},
@@ -265,3 +267,9 @@ def test_tokens_html_escapes_and_marks_only_trained_tokens() -> None:
     assert "<b>" not in shown and "&lt;b&gt;" in shown and shown.count("#cfeadf") == 2 and "2 of 3 tokens" in shown
     with pytest.raises(ValueError):
         plots.tokens_html(["a"], [1, 0])
+
+
+def test_the_total_holds_what_came_before_the_report_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path)
+    lines = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["guide"]
+    assert next(c["ours"] for c in lines if c["about"].startswith("The computer's time")) == clock(61 + 9)

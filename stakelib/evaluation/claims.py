@@ -47,8 +47,8 @@ def check_says(line: Mapping[str, Any]) -> str:
 def _costs(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the record tells of time, memory and size, as text by the names that claims.json uses."""
     stages = record.get("stages", {})
-    # the nine adapters of notebook 07 are other models, made after this report or before it
-    own = [stage["seconds"] for name, stage in stages.items() if not name.startswith("voices")]
+    # what notebooks 07 and 08 make comes after this report, or lies there from the run before
+    own = [stage["seconds"] for name, stage in stages.items() if not name.startswith(("voices", "tool", "page"))]
     said = {"total_time": clock(sum(own))} if own else {}
     if seconds := [a["seconds"] for a in answers if a["system"] == "tuned" and a["seconds"]]:
         tokens = median(a["new_tokens"] for a in answers if a["system"] == "tuned")
