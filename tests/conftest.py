@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window may open
 if "PYTEST_XDIST_WORKER" in os.environ:  # two files are tested at a time: more threads than cores wait for each other
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-LONGEST_FIRST = ("test_spine", "test_browser", "test_real", "test_never_lost")
+LONGEST_FIRST = ("test_spine", "test_browser", "test_real", "test_variety", "test_never_lost", "test_mlx_life")
 # No deadline: the machine is shared. The same examples every time: a red test is red for everybody.
 settings.register_profile(
     "course", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
