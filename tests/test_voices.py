@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,15 @@ def test_the_metric_stands_before_its_figure(path: Path) -> None:
 @pytest.mark.parametrize("phrase", ["the {storage.near} of storage in {storage.near.year}", "{jobs.near} jobs are few"])
 def test_a_figure_before_its_metric_is_seen(phrase: str) -> None:
     assert BACKWARDS.search(phrase) and not BACKWARDS.search("storage of {storage.near.by} is thin")
+
+
+def test_who_is_told_two_figures_does_not_look_for_a_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tool's prompts have it: shares of two years, and nothing else is known."""
+    module, turns = sys.modules[respond.__module__], []
+    once = module._once
+    monkeypatch.setattr(module, "_once", lambda *given: (turns.append(1), once(*given))[1])
+    told = [s.model_copy(update={"milestones": [m for m in s.milestones if m.year in (2030, 2040)]}) for s in SAMPLES]
+    told = [s for s in told if len(s.milestones) == 2]
+    said = [respond(scenario, who, keys=("re_share",)) for scenario in told for who in ("finance", "scientific")]
+    assert {len(answer.facts) for answer in said} == {2}
+    assert len(turns) < 12 * len(said)  # it was 24 each, whatever they found

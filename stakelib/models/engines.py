@@ -101,7 +101,7 @@ class LlamaCpp:
         import psutil
         import xllamacpp
 
-        threads = int(os.environ.get("OMP_NUM_THREADS") or psutil.cpu_count(logical=False) or 2)
+        threads = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or psutil.cpu_count(logical=False) or 2)
         params = xllamacpp.CommonParams()
         params.model.path = str(self.gguf)
         params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
