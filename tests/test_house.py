@@ -231,6 +231,26 @@ def test_ruff_passes() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def profile_faults(readme: str) -> list[str]:
+    """Rows of the README's table of profiles that differ from the profiles themselves."""
+    from stakelib.run import PROFILES
+
+    cells = [[c.strip() for c in line.strip("| ").split("|")] for line in readme.splitlines() if line.startswith("| `")]
+    told = {row[0].split("`")[1]: row for row in cells if row[0].split("`")[1] in PROFILES}
+    wrong = []
+    for name, p in PROFILES.items():
+        wanted = [f"`{p.model}`", f"{p.rows} + {p.asked} + 2 x {p.thin}", p.epochs, p.test_prompts, p.max_new_tokens]
+        said = [told[name][1].split(" (")[0], *told[name][2:6]] if name in told else []
+        wrong += [] if said == list(map(str, wanted)) else [f"{name}: README says {said}, it is {wanted}"]
+    return wrong
+
+
+def test_readme_tells_the_profiles() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not profile_faults(readme)
+    assert len(profile_faults(readme.replace("| 360 |", "| 100 |"))) == 1
+
+
 def test_no_symlinks() -> None:
     skip = {".venv", ".git", "runs", ".cache"}
     folders = [p for p in ROOT.iterdir() if p.name not in skip]
