@@ -1,7 +1,7 @@
 """Numbers in prose come from the record of a run: between `<!--=key-->` and `<!--/-->` stands what the record says.
 
     python tests/prose.py --record runs/quick     take a finished run's figures into benchmarks/records/quick.json
-    python tests/prose.py --record runs/quick epyc 05,06,08     of these notebooks only, into epyc.json
+    python tests/prose.py --record runs/quick other 05,06,08    of these notebooks only, into other.json
     python tests/prose.py --write                 fill the README and the notebooks from the records
     python tests/prose.py                         print every sentence that contradicts its record, exit 1 if any
 """
@@ -52,11 +52,12 @@ def take(folder: Path, called: str = "", only: str = "") -> Path:
 
 
 def figure(key: str) -> str:
-    """What the record says: `<profile>.<notebook number|total>.minutes`, `<profile>.<stage>.peak_gb`, ..."""
+    """What the record says: `<profile>.<notebook number|total|report>.minutes`, `<profile>.<stage>.peak_gb`, ..."""
     profile, *path = key.split(".")
     record = json.loads((RECORDS / f"{profile}.json").read_text(encoding="utf-8"))
-    if path == ["total", "minutes"]:
-        return minutes(sum(record["notebooks"].values()))
+    if path[1:] == ["minutes"] and path[0] in ("total", "report"):  # all notebooks; those up to the report
+        last = "06" if path[0] == "report" else "99"
+        return minutes(sum(seconds for number, seconds in record["notebooks"].items() if number <= last))
     if path[0] in record["notebooks"] and path[1:] == ["minutes"]:
         return minutes(record["notebooks"][path[0]])
     if path[0] == "nll":

@@ -20,7 +20,7 @@ def test_marked_numbers_agree_with_the_record(path: Path) -> None:
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(prose, "RECORDS", tmp_path)
     stage = {"seconds": 630.0, "peak_mb": 1946, "disk_bytes": 5e8, "result": {"rows": 355, "best_valid_loss": 0.874}}
-    values = {"notebooks": {"04": 900.0, "05": 60.0}, "stages": {"train": stage}, "machine": {"cores": 2}}
+    values = {"notebooks": {"04": 900.0, "05": 60.0, "07": 600.0}, "stages": {"train": stage}, "machine": {"cores": 2}}
     (tmp_path / "quick.json").write_text(json.dumps(values), encoding="utf-8")
     return tmp_path
 
@@ -35,7 +35,8 @@ def test_a_wrong_number_is_caught(record: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("quick.04.minutes", "15"), ("quick.05.minutes", "1.0"), ("quick.total.minutes", "16"),
+        ("quick.04.minutes", "15"), ("quick.05.minutes", "1.0"), ("quick.report.minutes", "16"),
+        ("quick.total.minutes", "26"),
         ("quick.train.peak_gb", "1.9"), ("quick.train.disk_gb", "0.5"), ("quick.train.seconds", "630"),
         ("quick.train.result.rows", "355"), ("quick.train.result.best_valid_loss", "0.87"),
         ("quick.machine.cores", "2"),

@@ -153,8 +153,9 @@ def test_nine_voices_answer_through_the_shipped_gguf(spine: SimpleNamespace) -> 
     voice = {row["id"]: row["stakeholder_id"] for row in map(json.loads, lines)}
     for system in ("base", "tuned"):
         file = spine.folder / "evaluation" / f"answers-{system}.jsonl"
-        answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        assert len(answers) == PROFILES["smoke"].test_prompts == 9
+        asked = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        answers = [a for a in asked if not a["row_id"].startswith("general-")]
+        assert len(answers) == PROFILES["smoke"].test_prompts == 9 and len(asked) == 9 + 16
         assert len({voice[a["row_id"]] for a in answers}) == 9
         assert {a["gguf"] for a in answers} == {f"{'stakeholder-' * (system == 'tuned')}tiny-gemma-q8.gguf"}
         assert all(0 < a["new_tokens"] <= 24 for a in answers)
@@ -251,6 +252,33 @@ def test_the_sweeps_of_notebook_04_run_when_asked(spine: SimpleNamespace, monkey
     added |= {f"trial-rate-{rate}-100" for rate in ("0.0005", "0.002", "0.008")}
     assert set(record(folder)["stages"]) == set(spine.record["stages"]) | added
     assert shown(folder)[name]["image/png"] == spine.shown[name]["image/png"] + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "switches", "tables"), [
+    ("06_evaluate", {"deep": True}, 2), ("07_one_voice_each", {"curve": True, "onward": True}, 1),
+])  # fmt: skip
+def test_what_is_off_by_default_works_when_it_is_switched_on(
+    spine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str, switches: dict[str, bool], tables: int
+) -> None:
+    import papermill
+
+    root = Path(__file__).resolve().parents[1]
+    for variable, value in (environment(spine.place) | {"PYTHONPATH": str(root)}).items():
+        monkeypatch.setenv(variable, value)
+    folder = spine.place / "runs" / f"on-{name[:2]}"
+    shutil.copytree(spine.folder, folder)
+    notebook, copy = root / "notebooks" / f"{name}.ipynb", folder / "notebooks" / f"{name}.ipynb"
+    parameters, quiet = {"profile": "smoke", "out": str(folder)} | switches, {"progress_bar": False}
+    papermill.execute_notebook(notebook, copy, parameters, cwd=notebook.parent, kernel_name="python3", **quiet)
+    assert shown(folder)[name]["text/html"] == spine.shown[name]["text/html"] + tables
+    if name == "06_evaluate":
+        asked = {file.stem.removeprefix("answers-") for file in (folder / "evaluation").glob("answers-*.jsonl")}
+        assert asked >= {"base", "tuned", "prompted", "tuned-q4"}
+        again = (folder / "evaluation" / "answers-tuned.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(again) == 9 + 16 + 9  # its own, the general questions, the same in other words
+    else:
+        assert len(list((folder / "voices-from-one").glob("*/models/*-lora"))) == 9
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +16,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from exported import PROMPT, adapter_for
 from exported import some_rows as rows_of
 from test_endpoint import ASK, send
 from test_evaluation import FakeEngine, answer, row, scored
 from test_mlx import random_adapter
-from test_never_lost import stop_at
 from test_report import HOSTILE, Tags
 from test_training import FAST, furthest, some_rows, tensors, write_rows
 from toy_models import shaped_model
@@ -208,27 +211,47 @@ def test_the_plan_says_time_memory_and_disk_before_anything_is_trained(
     assert not (run.folder / "voices" / "finance" / "models").exists()
 
 
+IN_THE_FIFTH = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from test_voices_each import BRIEF
+from stakelib import machine
+from stakelib.run import Run
+from stakelib.training import peft_backend
+from stakelib.training.nine import train_nine
+
+machine.precision = lambda: ("float32", "the same in every run of these tests")
+
+class Watch(peft_backend.Watch):
+    trainings = 0
+
+    def on_train_begin(self, *arguments, **more):
+        Watch.trainings += 1
+        return super().on_train_begin(*arguments, **more)
+
+    def on_step_end(self, args, state, control, **more):
+        if Watch.trainings == 5 and state.global_step == 3:  # there is a checkpoint of step 2
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+        return super().on_step_end(args, state, control, **more)
+
+peft_backend.Watch = Watch
+train_nine(Run.open({run!r}, "smoke"), BRIEF)
+"""
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The nine and the one for all; the first start is stopped in the fifth voice, the second goes on."""
+    """The nine and the one for all; the first start is killed (SIGKILL) in the fifth voice, the second goes on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAKE_CACHE", str(tiny_cache))
         patch.setattr(machine, "precision", lambda: ("float32", "the same in every run of these tests"))
         run = nine_rows(Run.open(tmp_path_factory.mktemp("nine"), "smoke"))
         train(run, BRIEF)
-        from stakelib.training import peft_backend
-
-        real, calls = peft_backend.train_peft, []
-
-        def fifth(*given: Any) -> Any:
-            calls.append(given)
-            if len(calls) == 5:
-                stop_at(inner, 3)  # there is a checkpoint of step 2
-            return real(*given)
-
-        with pytest.MonkeyPatch.context() as inner, pytest.raises(KeyboardInterrupt):
-            inner.setattr(peft_backend, "train_peft", fifth)
-            train_nine(run, BRIEF)
+        here = Path(__file__).resolve().parents
+        code = IN_THE_FIFTH.format(path=[str(here[1]), str(here[0])], run=str(run.folder))
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, or sums add up differently
+        killed = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, encoding="utf-8")
+        assert killed.returncode in (-9, 15), killed.stdout
         before = {who: hashes(voice_run(run, who).folder) for who in NINE}
         stages = [who for who in NINE if "train" in voice_run(run, who).record["stages"]]
         result = train_nine(run, BRIEF)
