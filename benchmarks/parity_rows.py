@@ -15,9 +15,20 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def shares(proof: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """For each GGUF, against the merged model: `more_percent` nats per token, `top_percent` equal likeliest tokens."""
+    hops = {name: hop for name, hop in proof["hops"].items() if name in proof["engine"]}
+    merged = proof["hops"]["merged"]["nll"]
+    return {
+        "more_percent": {name: 100 * (hop["nll"] / merged - 1) for name, hop in hops.items()},
+        "top_percent": {name: 100 * hop["top"] for name, hop in hops.items()},
+    }
 
 
 def main() -> None:
@@ -49,7 +60,7 @@ def main() -> None:
         proof = parity(run, adapter_folder(run), sample, prompts)
     print(f"{base.name}, {proof['rows']} rows, {proof['prompts']} prompts")
     print(table(proof).to_string())
-    stages = {"parity": {"result": proof}}
+    stages = {"parity": {"result": proof | shares(proof)}}
     for name in ("train", "export"):
         stages[name] = {k: done["stages"][name][k] for k in ("seconds", "peak_mb", "result")}
     record = {"profile": done["profile"], "machine": machine.describe(ROOT), "notebooks": {}, "stages": stages}

@@ -101,6 +101,9 @@ class Page(Guarded, StaticFileHandler):
         self.set_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.set_header("Cache-Control", "no-cache")
 
+    def compute_etag(self) -> None:
+        """None: tornado would read the whole model for one, and then say that it is too large."""
+
     def get_content_type(self) -> str:
         return KINDS.get(Path(self.absolute_path).suffix) or super().get_content_type()
 
