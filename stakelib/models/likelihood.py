@@ -98,12 +98,10 @@ def _logits(model: Any, row: Rendered) -> Any:
 def _score(row: Rendered, logits: Any, wanted: Any = None) -> tuple[float, float, list[int]]:
     """(sum of -ln p of the learned tokens, sum of KL(wanted | logits), likeliest tokens)."""
     import torch
+    from torch.nn.functional import cross_entropy, kl_div
 
     learned = torch.tensor(row.ids)[torch.tensor(row.mask).bool()]
-    nll_sum = torch.nn.functional.cross_entropy(logits, learned, reduction="sum").item()
+    nll_sum = cross_entropy(logits, learned, reduction="sum").item()
     both = zip(logits.split(32), wanted.split(32), strict=True) if wanted is not None else ()  # whole copies: 1 GB more
-    kl_sum = sum(
-        torch.nn.functional.kl_div(p.log_softmax(-1), q.log_softmax(-1), reduction="sum", log_target=True).item()
-        for p, q in both
-    )
+    kl_sum = sum(kl_div(p.log_softmax(-1), q.log_softmax(-1), reduction="sum", log_target=True).item() for p, q in both)
     return nll_sum, kl_sum, logits.argmax(-1).tolist()
