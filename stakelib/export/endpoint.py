@@ -102,7 +102,7 @@ class Page(Guarded, StaticFileHandler):
         self.set_header("Cache-Control", "no-cache")
 
     def compute_etag(self) -> None:
-        """None: tornado would read the whole model for one, and then say that it is too large."""
+        """None: tornado would hash each file for one, and log that the model is too large for that."""
 
     def get_content_type(self) -> str:
         return KINDS.get(Path(self.absolute_path).suffix) or super().get_content_type()
