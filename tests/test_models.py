@@ -256,7 +256,8 @@ def test_nll_of_a_gguf_equals_that_of_its_folder(toys: SimpleNamespace, rows: li
     folder, other = nll(toys.lively, rows), nll(toys.other, rows)
     assert nll(toys.lively_gguf, rows) == pytest.approx(folder, abs=1e-3)
     assert nll(toys.other_gguf, rows) == pytest.approx(other, abs=1e-3)
-    assert abs(folder - other) > 0.02
+    # The two are different models: rows tell them apart, their mean may not
+    assert max(abs(nll(toys.lively, [r]) - nll(toys.other, [r])) for r in rows) > 0.02
 
 
 # ------------------------------------------------------------------------------------------------- engines
