@@ -33,7 +33,7 @@ def logits(source: Path, ids: list[int], adapter: Path | None = None) -> torch.T
 def test_the_merged_model_speaks_as_base_and_adapter_do(made: SimpleNamespace) -> None:
     ids = made.rows[0].ids
     merged, together = logits(made.merged, ids), logits(made.base.folder, ids, made.adapter)
-    assert (merged - together).abs().max() < 2e-3  # float16 rounding of the weights
+    assert (merged - together).abs().max() < 1e-2  # float16 rounding of the weights; how much hangs on the words
     for twin in (logits(made.base.folder, ids), logits(made.base.folder, ids, made.other)):
         assert (merged - twin).abs().max() > 0.1
 
