@@ -4,6 +4,7 @@
     python benchmarks/train_speed.py --model gemma-3-270m
     python benchmarks/train_speed.py --avx2                    # as on a processor without AVX-512 and AMX
     python benchmarks/train_speed.py --loss --rows 96          # validation loss after the same rows, three recipes
+    python benchmarks/train_speed.py --compile --rows 48       # the course's way with torch.compile, against without
 
 Every measurement is a process of its own and they take turns, so that a slow minute of the machine hits both. The
 figure is the ratio of the medians; a step's time leaves loading and validation out. Writes benchmarks/records/*.json.
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-SYSTEMS = ("guide", "course", "guide-tuned")  # the last: the guide's way of training with our rate and targets
+SYSTEMS = ("guide", "course", "guide-tuned", "compiled")  # the third: the guide's way with our rate and targets
 WARM_UP = 8  # rows that are trained but not timed: routines are made for each new length
 
 
@@ -90,12 +91,25 @@ def guide(model: str, train: list[Any], folder: Path, tuned: bool) -> tuple[Any,
     return net, clock.seconds, 8
 
 
-def course(model: str, train: list[Any], valid: list[Any], folder: Path) -> tuple[Any, list[float], int]:
-    """The course's own back-end and recipe, one validation at the end."""
+def course(model: str, train: list[Any], valid: list[Any], folder: Path,
+           compiled: bool = False) -> tuple[Any, list[float], int]:
+    """The course's own back-end and recipe, one validation at the end; `compiled`: each layer by torch.compile.
+
+    Layer by layer is the form that costs least: all layers share one compilation for each new length.
+    """
     from stakelib import machine
     from stakelib.models import base_model
     from stakelib.training import RECIPES, peft_backend
 
+    plain = peft_backend.get_peft_model
+
+    def with_compiled_layers(*args: Any, **more: Any) -> Any:
+        net = plain(*args, **more)
+        for layer in net.get_base_model().model.layers:
+            layer.compile()
+        return net
+
+    peft_backend.get_peft_model = with_compiled_layers if compiled else plain
     peft_backend.Watch = clock = clock_of(peft_backend.Watch)
     recipe = replace(RECIPES["course"], validate_per_epoch=1, precision=machine.precision()[0])
     net, _ = peft_backend.train_peft(base_model(model).folder, recipe, 1, train, valid[:1], folder)
@@ -115,12 +129,12 @@ def measure(system: str, model: str, count: int, loss: bool) -> dict[str, Any]:
     train, valid = rows_of(model, count)
     before = machine.matmul_gflops("float32"), machine.matmul_gflops("bfloat16")
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder:
-        if system == "course":
-            net, seconds, per_step = course(model, train, valid, Path(folder))
+        if system in ("course", "compiled"):
+            net, seconds, per_step = course(model, train, valid, Path(folder), system == "compiled")
         else:
             net, seconds, per_step = guide(model, train, Path(folder), system == "guide-tuned")
     timed = seconds[WARM_UP // per_step:]
-    found = {"rows_per_s": len(timed) * per_step / sum(timed), "peak_gb": memory.peak_mb / 1000,
+    found = {"rows_per_s": len(timed) * per_step / sum(timed), "all_s": sum(seconds), "peak_gb": memory.peak_mb / 1000,
              "fp32_gflops": before[0], "bf16_gflops": before[1],
              "tokens_per_row": sum(len(r.ids) for r in train) / len(train)}
     if loss:
@@ -139,11 +153,13 @@ def main() -> None:
     parser.add_argument("--avx2", action="store_true", help="cap the instruction set")
     parser.add_argument("--loss", action="store_true", help="one training each, with the validation loss")
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="torch.compile against none, instead of the guide")
     wanted = parser.parse_args()
     if wanted.one:
         print("\n" + json.dumps(measure(wanted.one, wanted.model, wanted.rows, wanted.loss)))
         return
-    systems, turns = (SYSTEMS, 1) if wanted.loss else (SYSTEMS[:2], wanted.pairs)
+    other = "compiled" if wanted.compile else "guide"
+    systems, turns = (SYSTEMS[:3], 1) if wanted.loss else ((other, "course"), wanted.pairs)
     command = [sys.executable, __file__, "--model", wanted.model, "--rows", str(wanted.rows), *["--loss"] * wanted.loss]
     found: dict[str, list[dict[str, float]]] = {s: [] for s in systems}
     for turn in range(turns):
@@ -155,10 +171,11 @@ def main() -> None:
             found[system].append(json.loads(done.stdout.strip().split("\n")[-1]))
             print(turn + 1, system, {k: round(v, 3) for k, v in found[system][-1].items()}, flush=True)
     middle = {s: statistics.median(r["rows_per_s"] for r in rows) for s, rows in found.items()}
-    ratio = middle["course"] / middle["guide"]
-    print(f"{wanted.model}{' capped at AVX2' if wanted.avx2 else ''}: course {middle['course']:.2f} rows/s, guide "
-          f"{middle['guide']:.2f} rows/s, ratio {ratio:.2f}")
-    name = f"train-{'loss' if wanted.loss else 'speed'}-{wanted.model}{'-avx2' if wanted.avx2 else ''}.json"
+    ratio = middle["course"] / middle[other]
+    print(f"{wanted.model}{' capped at AVX2' if wanted.avx2 else ''}: course {middle['course']:.2f} rows/s, {other} "
+          f"{middle[other]:.2f} rows/s, ratio {ratio:.2f}")
+    what = "loss" if wanted.loss else "compile" if wanted.compile else "speed"
+    name = f"train-{what}-{wanted.model}{'-avx2' if wanted.avx2 else ''}.json"
     file = ROOT / "benchmarks" / "records" / name
     file.write_text(json.dumps({"rows": wanted.rows, "ratio": round(ratio, 3), "runs": found}, indent=1) + "\n",
                     encoding="utf-8")

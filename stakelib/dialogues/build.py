@@ -22,9 +22,10 @@ GUIDE_MIX = {"policy-makers": 60, "grid-operators": 60, "industry": 55, "public"
              "finance": 55, "regional-bodies": 55, "development-partners": 50}
 
 
-ALWAYS = ("re_share", "investment")  # metrics of every prompt, where known
+GUIDE = ("re_share", "investment")  # metrics of the guide's prompts: the first in every prompt, both in most
 BRIEF = (3, 6)  # and how many of those that the stakeholder would speak about
-THIN = {"": 12, "asked": 2}  # kind -> one in so many rows has a single figure, as the guide's own prompts do
+ALIKE = ("jobs", "permanent_jobs")  # told apart only by a model that has often seen each without the other
+THIN = {"": 6, "asked": 2}  # kind -> one in so many rows has one or two figures alone, as the guide's own prompts do
 
 
 class Dialogue(BaseModel):
@@ -56,20 +57,22 @@ def mix_for(total: int) -> dict[str, int]:
 
 
 def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed: int) -> list[str]:
-    """The metrics to lay before a stakeholder: the guide's two, and some of those that it would speak about.
+    """The metrics to lay before a stakeholder: mostly the guide's two, and some of those that it would speak about.
 
     A page of 30 figures makes a small model mix them up, and no two users give the same ones; so each row has its own
-    choice, made before the stakeholder speaks, and says nothing that goes beyond it.
+    choice, made before the stakeholder speaks, and says nothing that goes beyond it. A metric that never lacks would
+    be spoken about where it does.
     """
-    full = respond(scenario, stakeholder, context=context, variant=variant, seed=seed)
-    labels = {fact.metric for fact in full.facts}
-    own = [key for key, (label, *_) in METRICS.items() if label in labels and key not in ALWAYS]
+    labels = {fact.metric for fact in respond(scenario, stakeholder, context=context, variant=variant, seed=seed).facts}
+    own = [key for key, (label, *_) in METRICS.items() if label in labels and key not in GUIDE]
     rng = random.Random(f"brief-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
-    return [*ALWAYS, *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
+    keys = [*GUIDE[:rng.choice((1, 2, 2)) if len(own) > 2 else 2], *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
+    out = rng.choice((*ALIKE, "neither")) if {*ALIKE} < {*keys} - {*GUIDE} else "neither"
+    return [key for key in keys if key != out]
 
 
 def first_share(scenario: Scenario) -> Scenario:
-    """The scenario with its milestone near 2030 alone, of which a thin prompt tells the renewable share.
+    """The scenario with its milestone near 2030 alone, of which a thin prompt tells the guide's figures.
 
     A model that has only seen rich prompts fills a poor one with figures of its own.
     """
@@ -83,22 +86,20 @@ def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = N
 
     Besides these full dialogues so many rows, in the same distribution: `asked`, full dialogues after the guide's
     free-form question; `enhance`, the tool's Ollama prompt with a `reply` of one kind, in the wording of the tool's
-    checkout `tool` if given; `voice`, two or three sentences. Some prompts hold one figure only, see THIN. Scenarios,
-    stances and contexts take turns; a country's own development context comes up most.
+    checkout `tool` if given; `voice`, two or three sentences. Some prompts hold one or two figures only, see
+    THIN. Scenarios, stances and contexts take turns; a country's own development context comes up most.
     """
     mix = mix_for(mix) if isinstance(mix, int) else GUIDE_MIX if mix is None else mix
-    problems = [f"unknown stakeholder {name!r}" for name in mix if name not in STAKEHOLDERS]
-    problems += [] if scenarios else ["no scenarios given"]
-    problems += [] if reply in ("short", "full") else [f"reply {reply!r} is neither 'short' nor 'full'"]
-    if problems:
+    if problems := [*(f"unknown stakeholder {name!r}" for name in mix if name not in STAKEHOLDERS),
+                    *([] if scenarios else ["no scenarios given"]),
+                    *([] if reply in ("short", "full") else [f"reply {reply!r} is neither 'short' nor 'full'"])]:
         raise CourseError(problems, f"give scenarios, and a mix over {', '.join(STAKEHOLDERS)}.")
     checkout = Path(tool) if tool else None
     if enhance:
         enhance_template(checkout)  # a wrong folder is said now
     kinds: list[tuple[str, _Row, Mapping[str, int]]] = [
-        ("", _dialogue, mix), ("asked", _asked, mix_for(asked)),
-        ("enhance", partial(enhance_pair, reply=reply, tool=checkout), mix_for(enhance)),
-        ("voice", voice_pair, mix_for(voice))]
+        ("", _dialogue, mix), ("asked", _asked, mix_for(asked)), ("voice", voice_pair, mix_for(voice)),
+        ("enhance", partial(enhance_pair, reply=reply, tool=checkout), mix_for(enhance))]
     return [row for kind, make, rows in kinds for name in STAKEHOLDERS
             for row in _rows(scenarios, name, rows.get(name, 0), kind, make, seed)]
 
@@ -122,7 +123,7 @@ def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make:
         at = seed + 1000 * turn + 100 * (kind == "asked")  # a question is not answered like the prompt with a form
         told, keys = scenario, brief(scenario, name, context, variant, at)
         if kind in THIN and j % THIN[kind] == THIN[kind] - 1:
-            told, keys = first_share(scenario), ["re_share"]
+            told, keys = first_share(scenario), [*GUIDE[:1 + j // THIN[kind] % 2]]
         prompt, completion, facts = make((told, name, context, variant), keys, at)
         rows.append(Dialogue(
             id=f"{key}.{turn}", prompt=prompt, completion=completion, facts=facts, stakeholder_id=name,
