@@ -41,9 +41,10 @@ def put(text: str, sentence: str) -> str:
 
 
 def wrong_number(row: Row, i: int) -> str | None:
-    m = mentions(row["completion"])[i % 3]
-    digits = re.search(r"\d[\d,.]*\d|\d", m.text)
-    if not digits:
+    found = mentions(row["completion"])[:3]
+    m = found[i % len(found)] if found else None
+    digits = m and re.search(r"\d[\d,.]*\d|\d", m.text)
+    if not (m and digits):
         return None
     value = float(digits.group().replace(",", ""))
     other = f"{value * 1.13 + 3:,.1f}" if "." in digits.group() else f"{value * 1.13 + 3:,.0f}"
