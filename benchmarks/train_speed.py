@@ -151,9 +151,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24, help="rows of one measurement")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--avx2", action="store_true", help="cap the instruction set")
-    parser.add_argument("--loss", action="store_true", help="one training each, with the validation loss")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--loss", action="store_true", help="one training each, with the validation loss")
+    kinds.add_argument("--compile", action="store_true", help="torch.compile against none, instead of the guide")
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
-    parser.add_argument("--compile", action="store_true", help="torch.compile against none, instead of the guide")
     wanted = parser.parse_args()
     if wanted.one:
         print("\n" + json.dumps(measure(wanted.one, wanted.model, wanted.rows, wanted.loss)))

@@ -71,7 +71,7 @@ def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed
     return [key for key in keys if key != out]
 
 
-def first_share(scenario: Scenario) -> Scenario:
+def near_only(scenario: Scenario) -> Scenario:
     """The scenario with its milestone near 2030 alone, of which a thin prompt tells the guide's figures.
 
     A model that has only seen rich prompts fills a poor one with figures of its own.
@@ -123,7 +123,7 @@ def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make:
         at = seed + 1000 * turn + 100 * (kind == "asked")  # a question is not answered like the prompt with a form
         told, keys = scenario, brief(scenario, name, context, variant, at)
         if kind in THIN and j % THIN[kind] == THIN[kind] - 1:
-            told, keys = first_share(scenario), [*GUIDE[:1 + j // THIN[kind] % 2]]
+            told, keys = near_only(scenario), [*GUIDE[:1 + j // THIN[kind] % 2]]
         prompt, completion, facts = make((told, name, context, variant), keys, at)
         rows.append(Dialogue(
             id=f"{key}.{turn}", prompt=prompt, completion=completion, facts=facts, stakeholder_id=name,
