@@ -61,14 +61,13 @@ def another_year(row: Row, _: int) -> str | None:
     return None
 
 
-TURNED = [("growth of peak demand", "decline of peak demand"), ("climb of peak demand", "drop of peak demand"),
-          ("surge of peak demand", "fall of peak demand"), ("rise in emissions", "fall in emissions"),
+TURNED = [("peak demand growing", "peak demand declining"), ("peak demand climbing", "peak demand dropping"),
+          ("peak demand surging", "peak demand falling"), ("rise in emissions", "fall in emissions"),
           ("investment growing from", "investment falling from"),
-          ("rise in total investment", "cut in total investment"),
+          ("total investment rising", "total investment shrinking"),
           ("investment climbs from", "investment drops from"), ("investment drops from", "investment climbs from"),
-          ("growth of hydro", "decline of hydro"), ("hydro growing", "hydro shrinking"),
-          ("coal falling", "coal rising"),
-          ("decline of coal", "growth of coal"), ("fall in coal", "rise in coal")]  # fmt: skip
+          ("hydro expanding", "a decline of hydro"), ("hydro growing", "hydro shrinking"),
+          ("coal falling", "coal rising"), ("coal declining", "a growth of coal")]  # fmt: skip
 NAMES = {"re_share": "the renewable share", "investment": "investment", "jobs": "jobs", "peak": "peak demand",
          "storage": "storage", "solar": "solar", "wind": "wind", "hydro": "hydro", "gas": "gas", "coal": "coal",
          "emissions": "emissions"}  # fmt: skip
@@ -96,7 +95,7 @@ def flipped(row: Row, _: int) -> str | None:
 
 
 CLAIMS = cycle({"storage": "The storage of 300 MW by 2030 is thin", "coal": "Coal plants close too late",
-                "jobs": "The jobs numbering 4,200 in 2030 are few",
+                "jobs": "The created jobs numbering 4,200 in 2030 are few",
                 "emissions": "An emissions cut of 45% by 2040 is bold",
                 "gas": "The gas fleet stays in service too long",
                 "interconnector": "The interconnectors run at full load",
