@@ -237,12 +237,15 @@ def test_after_hang_ups_the_next_request_is_answered_at_once(stream: bool, livel
 
 
 def test_two_callers_at_once_get_their_own_answers(lively: str) -> None:
-    bodies = [{**ASK, "prompt": p, "options": {"temperature": 0, "num_predict": 40}} for p in ("grid", "money")]
-    alone = [send(lively, "/api/generate", b)[2]["response"] for b in bodies]
+    # many a prompt gets the same from a toy, and its words hang on the rows its tokenizer learned: take two that differ
+    prompts = ("grid", "money", "coal and wind", "jobs", "The river.", "Who pays?", "2040", "land, land, land")
+    asked = [{**ASK, "prompt": p, "options": {"temperature": 0, "num_predict": 40}} for p in prompts]
+    differ = {send(lively, "/api/generate", b)[2]["response"]: b for b in asked}
+    assert len(differ) >= 2, list(differ)
+    alone, bodies = list(differ)[:2], list(differ.values())[:2]
     with ThreadPoolExecutor(6) as pool:
         together = [r[2]["response"] for r in pool.map(lambda b: send(lively, "/api/generate", b), bodies * 3)]
     assert together == alone * 3
-    assert alone[0] != alone[1]
 
 
 @pytest.mark.parametrize("stream", [True, False])
