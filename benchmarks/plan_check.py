@@ -6,7 +6,7 @@
 Prediction and run are processes of their own and take turns; each measures the speed of a matrix product before and
 after. Time is compared raw, and scaled by those speeds; the figure is the median of the rounds. Prints a table and
 writes benchmarks/records/plan_check.json; cases named by hand replace their own lines there and leave the others.
-Cases are those of benchmarks/memory.py. The first five took 19 minutes on two cores without matrix units.
+Cases are those of benchmarks/memory.py. All eight took 66 minutes on two cores without matrix units.
 """
 
 from __future__ import annotations
