@@ -67,7 +67,9 @@ TURNED = [("peak demand growing", "peak demand declining"), ("peak demand climbi
           ("total investment rising", "total investment shrinking"),
           ("investment drops from", "investment climbs from"),
           ("hydro expanding", "a decline of hydro"), ("hydro growing", "hydro shrinking"),
-          ("coal falling", "coal rising"), ("coal declining", "a growth of coal")]  # fmt: skip
+          ("coal falling", "coal rising"), ("coal declining", "a growth of coal"),
+          ("a rapid rise", "a rapid fall"), ("a steep rise", "a steep fall"), ("a sharp fall", "a sharp rise"),
+          ("a large increase", "a large decline"), ("a fast climb", "a fast drop")]  # fmt: skip
 NAMES = {"re_share": "the renewable share", "investment": "investment", "jobs": "jobs", "peak": "peak demand",
          "storage": "storage", "solar": "solar", "wind": "wind", "hydro": "hydro", "gas": "gas", "coal": "coal",
          "emissions": "emissions"}  # fmt: skip
@@ -197,6 +199,7 @@ PROMPT = """- Country: Kenya
     ("The growth of coal is a shame.", "The decline of coal is a relief."),
     ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 rises."),
     ("It drops from 60.0% to 80.0%.", "It climbs from 60.0% to 80.0%."),
+    ("We go from 60.0% in 2030 to 80.0% in 2040, a fall.", "We go from 60.0% in 2030 to 80.0% in 2040, a rise."),
     ("We see rising emissions.", "We see falling emissions."),
     ("Renewables decline.", "If renewables decline, we leave."),
     ("Coal grows.", "Must coal grow?"),

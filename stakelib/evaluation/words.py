@@ -72,9 +72,8 @@ def wrong_way(text: str, prompt: str) -> list[str]:
     """Phrases of `text` that call a rise a fall, or a fall a rise, against `prompt` or against their own figures."""
     ways, out = _ways(prompt), []
     for sentence in statements(without_names(text, prompt)):
-        for metric, way in ways.items():
-            wrong = _moving(metric, "down" if way == "up" else "up").finditer(sentence)
-            out += [m.group() for m in wrong if _stated(sentence, m.start(), m.end())]
+        wrong = [m for k, way in ways.items() for m in _moving(k, "down" if way == "up" else "up").finditer(sentence)]
+        out += [m.group() for m in wrong if _stated(sentence, m.start(), m.end())]
         out += _against_itself(sentence)
     return out
 
@@ -86,15 +85,17 @@ def _stated(sentence: str, start: int, end: int) -> bool:
 
 
 def _against_itself(sentence: str) -> list[str]:
-    """"falls from 60% to 80%": a verb before two figures of one unit that go the other way."""
+    """"falls from 60% to 80%", "goes from 60% to 80%, a clear fall": a verb that its two figures of one unit deny."""
     told = mentions(sentence) if " from " in sentence else []
+    after = {way: rf"(?:,? (?:in|by) \d{{4}})?, an? (?:\w+ )?(?:{words()[way]})\b" for way in ("up", "down")}
 
     def wrong(a: Mention, b: Mention) -> bool:
-        verbs = [(m.end(), way) for way in ("up", "down") for m in _any(way).finditer(sentence, 0, a.start)]
-        near = verbs and re.fullmatch(r"(?: \w+){0,5} from ", sentence[max(verbs)[0]:a.start])
-        linked = re.fullmatch(r"(?:,? (?:in|by) \d{4})? (?:down |up )?to ", sentence[a.end:b.start])
-        turned = near and linked and a.unit == b.unit and (max(verbs)[1] == "up") == (b.value < a.value)
-        return bool(turned) and _stated(sentence, a.start, b.end)
+        verbs = [(m.end(), way) for way in after for m in _any(way).finditer(sentence, 0, a.start)]
+        said = [way for end, way in sorted(verbs)[-1:] if re.fullmatch(r"(?: \w+){0,5} from ", sentence[end:a.start])]
+        said += [way for way in after if re.match(after[way], sentence[b.end:], re.I)]
+        linked = re.fullmatch(r"(?:,? (?:in|by) \d{4})?(?: up| down)? to ", sentence[a.end:b.start])
+        denied = linked and a.unit == b.unit and ("up", "down")[b.value > a.value] in said
+        return bool(denied and _stated(sentence, a.start, b.end))
 
     return [sentence[a.start:b.end] for a, b in zip(told, told[1:], strict=False) if a.value != b.value and wrong(a, b)]
 
@@ -142,6 +143,5 @@ def perplexity(texts: list[str], name: str = "gemma-3-270m") -> list[float | Non
     if not (folder / "source.json").exists():
         return [None] * len(texts)
     tokenizer, model = load_tokenizer(folder), load_weights(folder)
-    rows = [tokenizer(text)["input_ids"] for text in texts]
     return [exp(row_nll(model, Rendered(ids, [0] + [1] * (len(ids) - 1))) / (len(ids) - 1)) if len(ids) > 1 else None
-            for ids in rows]
+            for ids in (tokenizer(text)["input_ids"] for text in texts)]
