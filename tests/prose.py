@@ -41,6 +41,8 @@ def take(folder: Path, called: str = "", only: str = "") -> Path:
     for name, stage in kept.items():
         stage["disk_bytes"] = sum(f["bytes"] for f in stages[name]["outputs"].values())
     kept.get("guide-prompts", {}).pop("result", None)  # texts, not figures
+    if (told := folder / "evaluation" / "evaluation.json").exists():
+        kept["evaluation"] = quality(json.loads(told.read_text(encoding="utf-8")))
     taken = {
         "profile": record["profile"], "machine": record["machine"], "versions": record["versions"],
         "notebooks": {name[:2]: seconds for name, seconds in sorted(timings.items())}, "stages": kept,
@@ -49,6 +51,20 @@ def take(folder: Path, called: str = "", only: str = "") -> Path:
     RECORDS.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     return target
+
+
+def quality(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of evaluation.json: each system's measures as "98.6 (97.9 to 99.1)", in % but for numbers, and its counts."""
+
+    def shown(line: dict[str, Any], system: str) -> str:
+        times = 1 if line["kind"] == "number" else 100
+        value, low, high = (f"{times * line[system + end]:.1f}" for end in ("", "_low", "_high"))
+        return f"{value} ({low} to {high})"
+
+    said = {s: {c["measure"]: shown(c, s) for c in facts["comparison"]} for s in ("base", "tuned")}
+    said |= {s: {m: shown(c, s) for m, c in lines.items()} for s, lines in facts["rivals"].items()}
+    counts = {s: {k: t[k] for k in ("answers", "numbers", "grounded", "faultless")} for s, t in facts["totals"].items()}
+    return {"prompts": facts["prompts"], "scenarios": facts["scenarios"], "measures": said, "totals": counts}
 
 
 def figure(key: str) -> str:
@@ -73,6 +89,8 @@ def figure(key: str) -> str:
         return known[path[1]]()
     for part in path[1:]:
         stage = stage[part]
+    if isinstance(stage, str):
+        return stage
     if path[-2] == "bytes":
         return f"{stage / 1e6:.0f}"
     return f"{stage:,}" if isinstance(stage, int) else f"{stage:.2f}"

@@ -53,3 +53,18 @@ def test_a_run_that_skipped_its_work_gives_no_minutes(tmp_path: Path) -> None:
     (tmp_path / "notebooks" / "timings.json").write_text(json.dumps({"04_train_with_peft": 9.0}), encoding="utf-8")
     with pytest.raises(SystemExit, match="skipped"):
         prose.take(tmp_path)
+
+
+def test_an_evaluation_is_taken_with_its_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(system: str, value: float, kind: str = "share") -> dict:
+        return {"measure": "m", "kind": kind, system: value, f"{system}_low": value / 2, f"{system}_high": value}
+
+    facts = {"prompts": 9, "scenarios": 3, "comparison": [line("base", 0.2) | line("tuned", 0.986)],
+             "rivals": {"prompted": {"m": line("prompted", 3, "number")}},
+             "totals": {"tuned": {"answers": 9, "numbers": 1300, "grounded": 1290, "faultless": 8}}}  # fmt: skip
+    record = {"stages": {"evaluation": prose.quality(facts)}, "notebooks": {}}
+    monkeypatch.setattr(prose, "RECORDS", tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(record), encoding="utf-8")
+    keys = ("measures.tuned.m", "measures.prompted.m", "totals.tuned.grounded", "prompts")
+    told = [prose.figure(f"report.evaluation.{key}") for key in keys]
+    assert told == ["98.6 (49.3 to 98.6)", "3.0 (1.5 to 3.0)", "1,290", "9"]

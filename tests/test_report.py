@@ -49,12 +49,13 @@ RECORD = {
 
 
 def make(
-    folder: Path, name: str = "Wind first", raters: tuple = (), record: dict = RECORD
+    folder: Path, name: str = "Wind first", raters: tuple = (), record: dict = RECORD, rivals: tuple = ()
 ) -> tuple[str, dict, pd.DataFrame]:
     run = SimpleNamespace(
         profile=SimpleNamespace(name="quick", model="tiny"), record=record, path=lambda *p: folder.joinpath(*p)
     )
     rows, said = material(name)
+    said += [answer(GOOD if i % 2 else "", i, rival) for rival in rivals for i in range(12)]
     scores = score(rows, said)
     for rater in raters:
         one = Rating(folder / "evaluation", rows, said, rater)
@@ -73,6 +74,17 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.seen.append((tag, dict(attrs)))
+
+
+def test_every_rival_stands_beside_the_tuned_model_with_its_interval(tmp_path: Path) -> None:
+    page, facts, _ = make(tmp_path, rivals=("prompted", "tuned-q4"))
+    told = facts["rivals"]["prompted"]["has_sections"]
+    assert told["prompted"] == 0.5 and 0 < told["prompted_low"] < 0.5 < told["prompted_high"] < 1
+    table = page.split('aria-label="Table of further rivals')[1].split("</table>")[0]
+    low, high = (f"{100 * told[f'prompted_{end}']:.0f}" for end in ("low", "high"))
+    assert f'>50<small>[{low}, {high}]<br>{told["verdict"]}</small>' in table
+    assert "Base model, better prompt</th>" in table and "Tuned model, 4 bits</th>" in table
+    assert "Table of further rivals" not in make(tmp_path / "none")[0]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from stakelib import plots
 from stakelib.evaluation.claims import claims
 from stakelib.evaluation.measures import MEASURES
 from stakelib.evaluation.rating import preferences
-from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, smallest_visible_difference
+from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, compare, smallest_visible_difference
 from stakelib.run import atomic_write_json, atomic_write_text, clock
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def report(
     """
     texts = {(a["row_id"], a["system"]): a["text"] for a in answers}
     totals = {s: _totals(part) for s, part in scores.groupby("system")}
+    others = [s for s in totals if s not in ("base", "tuned")]
     people = preferences(run.path("evaluation"), rows, answers)
     split = by_stakeholder(scores, FIGURE_PANELS)
     facts = {
@@ -58,6 +59,7 @@ def report(
         "scenarios": int(scores["scenario_id"].nunique()),
         "smallest_visible_difference": smallest_visible_difference(int(scores["row_id"].nunique())),
         "comparison": comparison.to_dict("records"),
+        "rivals": {s: {m["measure"]: m for m in compare(scores, pair=(s, "tuned")).to_dict("records")} for s in others},
         "people": people,
         "guide": claims(run.record, run.profile.model, answers, comparison.to_dict("records"), people),
         "totals": totals,
@@ -76,7 +78,8 @@ def report(
         facts=facts,
         figures=[embed(plots.base_vs_tuned(comparison)), embed(plots.per_stakeholder(split))],
         bad=[{**w, "segments": marked(scores, texts, w["row_id"], "tuned")} for w in facts["worst"]],
-        pairs=[_pair(scores, texts, row) for i, row in enumerate(rows) if row["stakeholder"] not in voices[:i]],
+        pairs=[{"row": row, "said": {s: marked(scores, texts, row["id"], s) for s in ("base", "tuned", *others)}}
+               for i, row in enumerate(rows) if row["stakeholder"] not in voices[:i]],  # fmt: skip
         guide=guide_answers or [],
         cost=_cost(run.record),
         settings=run.record.get("profile") or {},
@@ -156,12 +159,6 @@ def marked(scores: pd.DataFrame, texts: Mapping, row_id: str, system: str) -> li
         pieces += [(text[at : miss["start"]], ""), (text[miss["start"] : miss["end"]], miss["reason"])]
         at = miss["end"]
     return [*pieces, (text[at:], "")]
-
-
-def _pair(scores: pd.DataFrame, texts: Mapping, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Every system's answer to one row, base and tuned first."""
-    systems = sorted(set(scores["system"]), key=lambda s: (s != "base", s != "tuned", s))
-    return {"row": row, "said": {s: marked(scores, texts, row["id"], s) for s in systems}}
 
 
 def _cost(record: Mapping[str, Any]) -> list[dict[str, Any]]:
