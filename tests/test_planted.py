@@ -195,6 +195,8 @@ PROMPT = """- Country: Kenya
     ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 rises."),
     ("It drops from 60.0% to 80.0%.", "It climbs from 60.0% to 80.0%."),
     ("We go from 60.0% in 2030 to 80.0% in 2040, a fall.", "We go from 60.0% in 2030 to 80.0% in 2040, a rise."),
+    ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 falls short of our needs."),
+    ("The renewable share is lowered.", "The renewable share of 80.0% in 2040 lowers inertia."),
     ("We see rising emissions.", "We see falling emissions."),
     ("Renewables decline.", "If renewables decline, we leave."),
     ("Coal grows.", "Must coal grow?"),
