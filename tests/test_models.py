@@ -286,10 +286,28 @@ def texts(path: Path, folder: Path, kind: str, tokens: int = 16) -> list[str]:
         return [answer.text for _, answer in sorted(model.ask(PROMPTS, max_new_tokens=tokens))]
 
 
+def closest_race(folder: Path, prompt: str, tokens: int = 16) -> float:
+    """The smallest lead (logits) of a greedy answer's token over the second, in transformers and float32."""
+    import torch
+
+    model, tokenizer = load_weights(folder, dtype="float32"), load_tokenizer(folder)
+    ids, leads = list(render(tokenizer, prompt).ids), []
+    for _ in range(tokens):
+        with torch.inference_mode():
+            best = model(input_ids=torch.tensor([ids])).logits[0, -1].topk(2)
+        leads.append(float(best.values[0] - best.values[1]))
+        ids.append(int(best.indices[0]))
+    return min(leads)
+
+
 def test_both_engines_say_the_same_first_tokens(toys: SimpleNamespace, exact: None) -> None:
+    # llama.cpp multiplies in half precision; the toy's tokenizer learns from the rows, so any prompt may become a tie
+    clear = [closest_race(toys.lively, prompt) > 0.03 for prompt in PROMPTS]
+    assert sum(clear) >= 6
     llama = texts(toys.lively_gguf, toys.lively, "llama.cpp")
-    assert texts(toys.lively_gguf, toys.lively, "transformers") == llama
-    assert texts(toys.lively, toys.lively, "transformers") == llama
+    for path in (toys.lively_gguf, toys.lively):
+        told = zip(texts(path, toys.lively, "transformers"), llama, clear, strict=True)
+        assert [pair for *pair, certain in told if certain and pair[0] != pair[1]] == []
     assert len(set(llama)) > 4  # the answers depend on the prompts
     other = texts(toys.other_gguf, toys.other, "llama.cpp")
     assert sum(a == b for a, b in zip(llama, other, strict=True)) < 3
