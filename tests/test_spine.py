@@ -205,7 +205,9 @@ def first_checkpoint(folder: Path, process: subprocess.Popen[str]) -> Path:
     while time.monotonic() < end_at and process.poll() is None:
         if (folder / "run.json").exists() and "trial-guide-pc-24" in record(folder)["stages"]:
             for mark in (folder / "training").glob("checkpoints-*/checkpoint-*/complete.json"):
-                return mark.parent
+                time.sleep(0.3)  # the trial's are thrown away just after it is on record
+                if mark.parents[1].exists():
+                    return mark.parent
         time.sleep(0.01)
     raise AssertionError(f"no checkpoint: {process.communicate()[0][-2000:]}")
 
