@@ -16,7 +16,7 @@ from stakelib.voices import profiles
 from stakelib.voices.profiles import CONTEXTS, STAKEHOLDERS, VARIANTS, Bars, ConcernPoint, Point, Profile
 
 EXPECTED = {"no investment", "no re_share"}  # who lacks what every reader looks for asks about it first
-MIN_FACTS = 3  # figures that a response cites, where the scenario has as many
+MIN_FACTS = 4  # figures that a response cites, where it is told as many: three, and one that a small model leaves out
 MAX_WORDS = 200  # without headings: SmolLM2 makes at most 1.7 tokens of a word, and a completion may have 400
 # weight of points without a condition: praise and worries last, questions and advice among the others
 LAST, BESIDE = -2.0, -0.2
@@ -110,16 +110,16 @@ class _Speaker:
         return [(point, size) for _, size, point in found]
 
     def pick(self, points: Sequence[Point], kind: str, count: int, general: float) -> tuple[list[str], set[str]]:
-        """`count` sentences on different topics, and the topics."""
+        """`count` sentences on different topics, and the topics of which more is said than that there is a figure."""
         texts: list[str] = []
-        topics: set[str] = set()
+        topics: dict[str, bool] = {}
         for point, _ in self.rank(points, kind, set(), general):
             if len(texts) == count or _topic(point) in topics:
                 continue
             if (text := self.say(point.say)) and text not in texts:
                 texts.append(text)
-                topics.add(_topic(point))
-        return texts, topics
+                topics[_topic(point)] = not all(condition.endswith("> 0") for condition in point.when)
+        return texts, {topic for topic, judged in topics.items() if judged}
 
     def worries(self, count: int, avoid: set[str]) -> list[Concern]:
         chosen: list[Concern] = []
