@@ -110,6 +110,22 @@ def test_a_sheet_hides_the_sides_and_comes_back(delimiter: str, tmp_path: Path) 
     assert (again.choice(sixth, "specificity"), len(again.votes)) == ("B", 3)
 
 
+def test_a_sheet_written_again_keeps_the_votes_in_it(tmp_path: Path) -> None:
+    one = rating(tmp_path)
+    path = rating_sheet(one, tmp_path / "ada.csv")
+    filled(path, {0: {"accuracy": "A"}, 1: {"relevance": "same"}})
+    before = path.read_bytes()
+    changed = rating(tmp_path / "later", said=[{**a, "text": a["text"] + " More."} for a in SAID])
+    with pytest.raises(CourseError, match="another name"):  # votes on other answers: neither taken nor thrown away
+        rating_sheet(changed, path)
+    assert path.read_bytes() == before and changed.votes == {}
+    assert len(one.votes) == 0 and rating_sheet(one, path) == path and len(one.votes) == 2
+    rows = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+    assert [row["accuracy"] for row in rows][0] == "A" and rating(tmp_path).votes.keys() == one.votes.keys()
+    rating_sheet(one, empty := tmp_path / "empty.csv")
+    assert rating_sheet(rating(tmp_path / "later2"), empty) == empty
+
+
 def test_every_bad_line_of_a_sheet_is_listed_and_nothing_taken(tmp_path: Path) -> None:
     one = rating(tmp_path)
     path = rating_sheet(one, tmp_path / "ada.csv")
@@ -120,7 +136,7 @@ def test_every_bad_line_of_a_sheet_is_listed_and_nothing_taken(tmp_path: Path) -
     assert [line.split(":")[0] for line in said[:4]] == [f"ada.csv, row {n}" for n in (2, 4, 5, 6)]
     assert "'tuned' is none of A" in said[0] and "r99" in said[1] and one.votes == {} and not one.file.exists()
     with pytest.raises(CourseError, match="not ben's"):
-        read_sheet(rating(tmp_path, "Ben"), rating_sheet(one, path))
+        read_sheet(rating(tmp_path, "Ben"), rating_sheet(one, tmp_path / "again.csv"))
     (tmp_path / "x.csv").write_text("id,accuracy\n", encoding="utf-8")
     with pytest.raises(CourseError, match="rating_sheet"):
         read_sheet(one, tmp_path / "x.csv")

@@ -166,7 +166,7 @@ def test_the_verdict_says_what_the_numbers_say(made: tuple) -> None:
     assert "on no measure clearly better" in verdict(dull)[0] and "clearly worse on none" in verdict(dull)[0]
     assert f"{facts['prompts']} prompts" in " ".join(verdict(dull)) and "only people can say" in verdict(dull)[-1]
     assert len(facts["verdict"]) == 5
-    assert "35 of 36 stand in the prompt; of the base model's, 4 of 4" in facts["verdict"][1]
+    assert "35 of 36 are as the prompt has them; of the base model's, 4 of 4" in facts["verdict"][1]
     assert "accuracy 24 against 0" in facts["verdict"][-1]
     assert "Nobody has rated" in verdict({**facts, "people": []})[-1]
 

@@ -22,7 +22,7 @@ GUIDE_MIX = {"policy-makers": 60, "grid-operators": 60, "industry": 55, "public"
              "finance": 55, "regional-bodies": 55, "development-partners": 50}
 
 
-GUIDE = ("re_share", "investment")  # metrics of the guide's prompts: the first in every prompt, both in most
+GUIDE = ("re_share", "investment")  # metrics of the guide's prompts: the first in every prompt, both in some half
 BRIEF = (3, 6)  # and how many of those that the stakeholder would speak about
 ALIKE = ("jobs", "permanent_jobs")  # told apart only by a model that has often seen each without the other
 THIN = {"": 6, "asked": 2}  # kind -> one in so many rows has one or two figures alone, as the guide's own prompts do
@@ -57,7 +57,7 @@ def mix_for(total: int) -> dict[str, int]:
 
 
 def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed: int) -> list[str]:
-    """The metrics to lay before a stakeholder: mostly the guide's two, and some of those that it would speak about.
+    """The metrics to lay before a stakeholder: the guide's first or both, and some of those that it would speak about.
 
     A page of 30 figures makes a small model mix them up, and no two users give the same ones; so each row has its own
     choice, made before the stakeholder speaks, and says nothing that goes beyond it. A metric that never lacks would
@@ -66,7 +66,7 @@ def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed
     labels = {fact.metric for fact in respond(scenario, stakeholder, context=context, variant=variant, seed=seed).facts}
     own = [key for key, (label, *_) in METRICS.items() if label in labels and key not in GUIDE]
     rng = random.Random(f"brief-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
-    keys = [*GUIDE[:rng.choice((1, 2, 2)) if len(own) > 2 else 2], *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
+    keys = [*GUIDE[:rng.choice((1, 2)) if len(own) > 2 else 2], *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
     out = rng.choice((*ALIKE, "neither")) if {*ALIKE} < {*keys} - {*GUIDE} else "neither"
     return [key for key in keys if key != out]
 

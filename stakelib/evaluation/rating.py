@@ -117,7 +117,13 @@ def read_votes(file: Path) -> list[Vote]:
 
 
 def rating_sheet(rating: Rating, path: str | Path) -> Path:
-    """The pairs as a CSV for a rater without Jupyter, who writes A, B or same under each criterion."""
+    """The pairs as a CSV for a rater without Jupyter, who writes A, B or same under each criterion.
+
+    Votes in a sheet that is there already are taken first, see `read_sheet`; it is replaced only then.
+    """
+    old = read_table(Path(path), ("id", *CRITERIA, "of"), "rating_sheet") if Path(path).exists() else []
+    if any(cells[c].strip() for _, cells in old for c in CRITERIA):
+        read_sheet(rating, path)
     with writing(Path(path)) as part, part.open("w", encoding="utf-8-sig", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(COLUMNS)
@@ -145,7 +151,7 @@ def read_sheet(rating: Rating, path: str | Path) -> int:
         problems += [f"{Path(path).name}, row {number}: {why}" for why in wrong]
         votes[row] = {c: known.get(said.lower()) for c, said in given.items() if said}
     if problems:
-        raise CourseError(problems, "mend these rows in the file and read it again; nothing was taken over.")
+        raise CourseError(problems, "mend these rows in the file, or give the sheet another name; nothing was taken.")
     new = [(i, c, said) for i, row in votes.items() for c, said in row.items() if said != rating.choice(i, c)]
     for vote in new:
         rating.vote(*vote)

@@ -99,7 +99,7 @@ def verdict(facts: Mapping[str, Any]) -> list[str]:
     blind = ", ".join(f"{p['criterion']} {p['tuned']} against {p['base']}" for p in facts["people"])
     return [
         f"The tuned model is {good}; it is {_list(named['worse'], 'clearly worse on', 'clearly worse on none')}.",
-        f"Of the figures that it wrote, {right[0]} stand in the prompt; of the base model's, {right[1]}.",
+        f"Of the figures that it wrote, {right[0]} are as the prompt has them; of the base model's, {right[1]}.",
         f"{both[0]['faultless']} of its {both[0]['answers']} answers passed every check (95 % interval: {low:.0%} to "
         f"{high:.0%}), of the base model's {both[1]['faultless']}.",
         f"This run used {facts['prompts']} prompts from {facts['scenarios']} scenarios, so a true difference under "

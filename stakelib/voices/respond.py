@@ -16,7 +16,7 @@ from stakelib.voices import profiles
 from stakelib.voices.profiles import CONTEXTS, STAKEHOLDERS, VARIANTS, Bars, ConcernPoint, Point, Profile
 
 EXPECTED = {"no investment", "no re_share"}  # who lacks what every reader looks for asks about it first
-MIN_FACTS = 4  # figures that a response cites, where it is told as many: three, and one that a small model leaves out
+MIN_FACTS = 5  # figures that a response cites, where it is told as many: three, and two that a small model leaves out
 MAX_WORDS = 200  # without headings: SmolLM2 makes at most 1.7 tokens of a word, and a completion may have 400
 # weight of points without a condition: praise and worries last, questions and advice among the others
 LAST, BESIDE = -2.0, -0.2
@@ -78,12 +78,14 @@ class _Speaker:
                 self.known |= {f"{m.key}.{slot}{form}": (text, None if form == ".year" else m)
                                for form, text in zip(profiles.FORMS, texts, strict=True)}
 
-    def say(self, phrases: Sequence[str]) -> str | None:
-        """A reading of one of the phrases whose figures are all known, or None."""
+    def say(self, phrases: Sequence[str], fresh: bool = False) -> str | None:
+        """A reading of one of the phrases whose figures are all known, and if `fresh` not yet told, or None."""
         for phrase in self.rng.sample(list(phrases) * 2, 2 * len(phrases)):  # the choice may fall on an unknown figure
             text = profiles.unfold(phrase, self.words, self.rng, self.said)
-            if all(name in self.known for name in profiles.PLACE.findall(text)):
-                self.printed += [m for name in profiles.PLACE.findall(text) if (m := self.known[name][1])]
+            names = profiles.PLACE.findall(text)
+            figures = [m for name in names if (m := self.known.get(name, ("", None))[1])]
+            if {*names} <= {*self.known} and not (fresh and any(m in self.printed for m in figures)):
+                self.printed += figures
                 return profiles.PLACE.sub(lambda place: self.known[place[1]][0], text)
         return None
 
@@ -116,7 +118,7 @@ class _Speaker:
         for point, _ in self.rank(points, kind, set(), general):
             if len(texts) == count or _topic(point) in topics:
                 continue
-            if (text := self.say(point.say)) and text not in texts:
+            if (text := self.say(point.say, fresh=general == LAST)) and text not in texts:
                 texts.append(text)
                 topics[_topic(point)] = not all(condition.endswith("> 0") for condition in point.when)
         return texts, {topic for topic, judged in topics.items() if judged}
@@ -127,14 +129,13 @@ class _Speaker:
             if len(chosen) == count or (point.when and any(c.metric == point.metric for c in chosen)):
                 continue
             mark = len(self.printed)
-            text, why = self.say(point.text), self.say(point.why)
+            text, why = self.say(point.text, fresh=True), self.say(point.why)
             if text is None or why is None:
                 del self.printed[mark:]
                 continue
             severity = "low" if not point.when else "high" if size > 0.5 else "medium" if size > 0.2 else "low"
             chosen.append(Concern(text=text, explanation=why, metric=point.metric, severity=severity))
-        order = {"high": 0, "medium": 1, "low": 2}
-        return sorted(chosen, key=lambda c: order[c.severity])
+        return sorted(chosen, key=lambda c: ("high", "medium", "low").index(c.severity))
 
     def reaction(self, worries: list[Concern]) -> str:
         """Opening by stance, the balance of the response, and often the country's situation (the cautious first)."""
@@ -168,8 +169,9 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
         raise CourseError(bad, "use one of the names above.")
     told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
     turns = [_once(scenario, told, profile, context, variant, seed)]
-    least = _misses_figures(len(told.shown()))  # no choice of words cites more figures than there are
-    while _misses(turns[-1]) > least and len(turns) < 24:  # vague or long words came up: choose others
+    least = 1000 * max(0, MIN_FACTS - len(told.shown()))  # no choice of words cites more figures than there are
+    # vague or long words came up: choose others, and for the first three figures longer
+    while _misses(turns[-1]) > least and len(turns) < (16 if any(len(turn.facts) > 2 for turn in turns) else 64):
         turns.append(_once(scenario, told, profile, context, variant, seed + 7919 * len(turns)))
     return min(turns, key=_misses)
 
@@ -179,11 +181,7 @@ def _misses(response: Response) -> int:
     texts = [response.initialReaction, *response.appreciation, *response.questions, *response.engagementAdvice,
              *(f"{c.text} {c.explanation}" for c in response.concerns)]
     words = sum(len(text.split()) for text in texts)
-    return _misses_figures(len(response.facts)) + max(0, words - MAX_WORDS)
-
-
-def _misses_figures(cited: int) -> int:
-    return 1000 * max(0, MIN_FACTS - cited)
+    return 1000 * max(0, MIN_FACTS - len(response.facts)) + max(0, words - MAX_WORDS)
 
 
 def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, variant: str, seed: int) -> Response:
