@@ -135,6 +135,8 @@ def test_requests_are_held_out_and_nine_of_each(home: Path) -> None:
     test = {json.loads(line)["country"] for line in text.splitlines()}
     rows = tool_requests(run, 27, 9)
     assert {r["country"] for r in rows} <= test
+    assert [r["task"] for r in rows] == ["enhance"] * 27 + ["voice"] * 9  # the notebook shows the first as JSON
+    assert len({r["stakeholder_id"] for r in rows[:27:3]}) == 9
     count = pd.Series([f"{r['task']} {r['stakeholder_id']}" for r in rows]).value_counts()
     assert dict(count) == {f"{t} {who}": n for t, n in (("enhance", 3), ("voice", 1)) for who in STAKEHOLDERS}
     assert all(len(json.loads(r["completion"])) == 5 for r in rows if r["task"] == "enhance")  # as trained: full

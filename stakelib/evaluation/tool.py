@@ -38,7 +38,7 @@ SEVERITIES = ("low", "medium", "high")
 
 
 def tool_requests(run: Run, enhance: int = 90, voice: int = 9, tool: str | Path | None = None) -> list[dict[str, Any]]:
-    """Rows with the tool's two requests about held-out scenarios, the same number for each of the nine stakeholders.
+    """Rows of the tool's requests about held-out scenarios, as many for each stakeholder: first enhance, then voice.
 
     `tool`: folder of a checkout of the tool, for its exact words in the enhance prompt; else those of training.
     """
@@ -48,12 +48,10 @@ def tool_requests(run: Run, enhance: int = 90, voice: int = 9, tool: str | Path 
     wanted = {"enhance": math.ceil(enhance / 9), "voice": math.ceil(voice / 9)}
     counts = {task: 10 * each for task, each in wanted.items()}  # of ten, the guide's mix gives each at least one
     more = {"reply": made_with["more"]["reply"], "tool": tool or made_with["more"]["tool"]}
-    rows, taken = [], defaultdict(int)
-    for row in build(scenarios, {}, made_with["seed"], **counts, **more):
-        taken[row.task, row.stakeholder_id] += 1
-        if taken[row.task, row.stakeholder_id] <= wanted[row.task]:
-            rows.append(row.model_dump())
-    return rows
+    taken: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(build(scenarios, {}, made_with["seed"], **counts, **more), key=lambda row: row.task):
+        taken[row.task, row.stakeholder_id].append(row.model_dump())
+    return [row for (task, _), rows in taken.items() for row in rows[: wanted[task]]]
 
 
 def ask_as_tool(address: str, model: str, prompt: str, temperature: float = TEMPERATURE, tokens: int = 400,
