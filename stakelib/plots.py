@@ -167,9 +167,10 @@ def base_vs_tuned(comparison: pd.DataFrame, pair: tuple[str, str] = PAIR) -> Any
 
     `pair`: any other two systems of the comparison.
     """
-    lines, (first, second) = [c for c in comparison.to_dict("records") if c["kind"] != "number"], pair
+    judged, (first, second) = comparison[(comparison["kind"] != "number") & (comparison["direction"] != "none")], pair
+    lines = judged.to_dict("records")
     tally = {v: sum(c["verdict"] == v for c in lines) for v in ("better", "worse", "cannot tell")}
-    title = "{} against {}: better on {better}, worse on {worse}, unclear on {cannot tell}"
+    title = "{} against {}, in percent: better on {better}, worse on {worse}, unclear on {cannot tell}"
     title = title.format(second.capitalize(), first, **tally)
     told = "; ".join(f"{c['label']}: {c[first]:.0%} to {c[second]:.0%}, {c['verdict']}" for c in lines)
     chart, (axis,) = _chart(title, told, size=(7.5, 1.1 + 0.5 * len(lines)))

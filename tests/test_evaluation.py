@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from stakelib.evaluation import MEASURES, answers, by_stakeholder, compare, score, smallest_visible_difference, wilson
 from stakelib.evaluation.measures import HEADINGS, copied, repeated, score_answer, sections
-from stakelib.evaluation.statistics import clustered_means, clustered_wilson, newcombe
+from stakelib.evaluation.statistics import JUDGED, clustered_means, clustered_wilson, newcombe
 from stakelib.run import CourseError
 
 PROMPT = """You are simulating a Grid Operators stakeholder reviewing an energy scenario.
@@ -141,6 +141,9 @@ def test_an_empty_or_number_free_answer_is_no_success() -> None:
 def test_a_copied_prompt_is_seen_and_quoting_its_figures_is_not_copying() -> None:
     assert copied(PROMPT, PROMPT) and copied("Well. " + PROMPT.splitlines()[0] + " So.", PROMPT)
     assert copied("- Peak Demand: 1,450 MW (2030)\n- Storage: 120 MW (2030)\n- Renewable Share 2030: 64.2%", PROMPT)
+    lines = [line.replace("*", "") for line in PROMPT.splitlines() if line.startswith("- ")]
+    assert copied("\n".join(f"* {line[2:]}" for line in lines), PROMPT)
+    assert copied("\n".join(f"{n}. {line[2:]}" for n, line in enumerate(lines, 1)), PROMPT)
     assert not copied(GOOD, PROMPT)
 
 
@@ -225,7 +228,7 @@ def test_holm_makes_p_larger_with_more_measures() -> None:
 def test_certain_results_still_have_width() -> None:
     line = compare(scored([False] * 45, [True] * 45), ["has_sections"]).iloc[0]
     assert line["tuned_low"] < 0.95 and line["base_high"] > 0.05 and line["difference_low"] < 0.95
-    low, high = newcombe(np.zeros(45), np.ones(45))
+    low, high = newcombe(np.zeros(45), np.ones(45), np.arange(45))
     assert 0.8 < low < 1 and high == pytest.approx(1)
 
 
@@ -252,32 +255,51 @@ def test_intervals_blind_to_scenarios_would_not_cover() -> None:
     assert coverage(lambda v, _: wilson(int(v.sum()), len(v)), 0.5) < 0.9
 
 
-def test_bootstrap_means_cover_too() -> None:
-    def interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-        return tuple(np.quantile(clustered_means(values[:, None], clusters), [0.025, 0.975]))
+def bootstrap(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    return tuple(np.quantile(clustered_means(values[:, None], clusters), [0.025, 0.975]))
 
-    assert coverage(interval, 0.5, 12, 300) >= 0.92
+
+def test_bootstrap_means_cover_too_but_not_near_one() -> None:
+    """Numbers without bounds have it; for shares near 1 it has next to no width, so they have score intervals."""
+    assert coverage(bootstrap, 0.5, 12, 300) >= 0.92
+    assert coverage(bootstrap, 0.98, 12, 300) < 0.85
+
+
+@pytest.mark.parametrize(("rate", "groups"), [(r, g) for r in (0.5, 0.9, 0.98, 0.99) for g in (12, 40)])
+def test_intervals_of_shares_cover_the_truth(rate: float, groups: int) -> None:
+    """Each answer a share of its 1 to 9 figures, the luck shared by a scenario's four answers, 300 worlds."""
+    rng, hits, rows = np.random.default_rng(12), 0, np.repeat(np.arange(groups), 4)
+    for _ in range(300):
+        luck = rng.beta(rate * 6, (1 - rate) * 6, groups)[rows]
+        figures = rng.integers(1, 10, len(rows))
+        values = rng.binomial(figures, luck) / figures
+        low, high = clustered_wilson(values, rows)
+        hits += low <= rate <= high
+    assert hits / 300 >= 0.93
 
 
 def test_no_difference_is_rarely_called_one(many_worlds: None) -> None:
-    """Base and tuned with the same luck per scenario, 11 scenarios x 4 prompts: at most 1 wrong verdict in 12."""
+    """11 scenarios x 4 prompts, luck per scenario shared by base and tuned or each its own: 1 wrong verdict in 20."""
     rng, wrong = np.random.default_rng(5), 0
-    for _ in range(60):
-        luck = rng.beta(2, 2, 11)[:, None]
-        base, tuned = ((rng.random((11, 4)) < luck).ravel().tolist() for _ in range(2))
+    for world in range(60):
+        lucks = [rng.beta(2, 2, 11)[:, None] for _ in range(2)]
+        base, tuned = ((rng.random((11, 4)) < lucks[i * (world % 2)]).ravel().tolist() for i in range(2))
         wrong += compare(scored(base, tuned, 4), ["has_sections"]).iloc[0]["verdict"] != "cannot tell"
-    assert wrong <= 5
+    assert wrong <= 3
 
 
 def test_smallest_visible_difference_shrinks_and_matches_simulation() -> None:
     assert smallest_visible_difference(20) > smallest_visible_difference(45) > smallest_visible_difference(400) > 0.05
     assert smallest_visible_difference(4) == 1.0
-    d, rng, seen = smallest_visible_difference(100), np.random.default_rng(3), 0
-    for _ in range(200):
-        kind = rng.choice(3, size=100, p=[(0.3 + d) / 2, (0.3 - d) / 2, 0.7])
-        ups, downs = (kind == 0).sum(), (kind == 1).sum()
-        seen += binomtest(int(ups), int(ups + downs)).pvalue < 0.05  # what exact McNemar is
-    assert 0.65 < seen / 200 < 0.9
+    assert smallest_visible_difference(45, tests=1) < smallest_visible_difference(45)  # what the correction costs
+    rng = np.random.default_rng(3)
+    for tests in (1, JUDGED):
+        d, seen = smallest_visible_difference(100, tests=tests), 0
+        for _ in range(200):
+            kind = rng.choice(3, size=100, p=[(0.3 + d) / 2, (0.3 - d) / 2, 0.7])
+            ups, downs = (kind == 0).sum(), (kind == 1).sum()
+            seen += binomtest(int(ups), int(ups + downs)).pvalue < 0.05 / tests  # what exact McNemar is, after Holm
+        assert 0.65 < seen / 200 < 0.9
 
 
 def test_compare_names_the_system_that_has_no_answers() -> None:

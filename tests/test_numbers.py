@@ -94,6 +94,26 @@ def test_not_grounded(text: str, reason: str) -> None:
     assert reason in [miss.reason for miss in ungrounded(text, PROMPT)]
 
 
+CHANGES = "- Peak Demand: 1,020 MW (2030), 1,320 MW (2040)\n- Solar Capacity: 385 MW (2030), 920 MW (2040)\n" \
+    "- Renewable Share 2030: 64.2%\n- Renewable Share 2040: 82.1%"
+
+
+@pytest.mark.parametrize(("right", "wrong"), [
+    ("about 900 MW of solar in 2040", "about 500 MW of solar in 2040"),
+    ("nearly 80% renewables in 2040", "nearly 100% renewables in 2040"),
+    ("Peak demand rises by 300 MW.", "Storage rises by 300 MW."),
+    ("Solar grows by 535 MW.", "Storage of 535 MW is more than we need."),
+    ("Peak demand grows by 29.4%.", "Peak demand grows to 29.4%."),
+    ("The renewable share rises to 82.1% by 2040.", "The renewable share rises to 28% by 2040."),
+    ("Between 2030 and 2040 solar grows from 385 MW to 920 MW.", "In 2040 solar grows from 385 MW to 920 MW."),
+    ("The 2030 and 2040 shares are 64.2% and 82.1%.", "The 2040 share is 64.2%."),
+    ("385,000 kW of solar", "385,000 kWh of solar"),
+    ("385 megawatts of solar", "385,000 kilowatt-hours of solar"),
+])  # fmt: skip
+def test_hedges_changes_and_two_years_do_not_hide_a_wrong_figure(right: str, wrong: str) -> None:
+    assert ungrounded(right, CHANGES, derived=True) == [] and ungrounded(wrong, CHANGES, derived=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [

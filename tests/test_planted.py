@@ -173,8 +173,22 @@ def test_the_classifier_hears_all_nine_of_other_countries(world: SimpleNamespace
 def test_a_voice_is_not_heard_by_its_name_or_priorities(world: SimpleNamespace) -> None:
     row = world.judged[0]
     told = f"As a Grid Operator of {row['country']}, a progressive one: system reliability, debt sustainability, 45%."
-    assert masked(told, row).split() == ["As", "a", "of", ",", "a", "one:", ",", ",", "%."]
+    assert masked(told, row).split() == ["As", "a", ",", "a", "one:", ",", ",", "%."]
     assert "dispatch" in masked("Our dispatch room", row)
+
+
+@pytest.mark.parametrize("given", [
+    lambda r: r["prompt"],
+    lambda r: "\n".join(x for x in r["prompt"].splitlines() if x.startswith("- ")),
+    lambda r: " ".join(w for p in STAKEHOLDERS[r["stakeholder_id"]].priorities for w in p.split()[::-1]),
+    lambda r: " ".join(re.sub(r"\W|\band\b", " ", p) for p in STAKEHOLDERS[r["stakeholder_id"]].priorities[::-1]),
+    lambda r: STAKEHOLDERS[r["stakeholder_id"]].name.split()[0].lower() + "-minded people answer here",
+], ids=["prompt", "data lines", "priorities reversed", "priorities in other order", "a word of the name"])  # fmt: skip
+def test_what_the_prompt_gives_away_is_no_voice(world: SimpleNamespace, given: Callable[[Row], str]) -> None:
+    """Chance is one in nine; with exact names masked and nothing else, these were heard in 23 to 78 of a hundred."""
+    voices = heard(world.listener, [given(r) for r in world.judged], world.judged)
+    right = sum(v == r["stakeholder_id"] for v, r in zip(voices, world.judged, strict=True))
+    assert right / len(world.judged) <= 0.25
 
 
 # ---- one by one, each with a twin that passes
@@ -204,6 +218,37 @@ PROMPT = """- Country: Kenya
 ])  # fmt: skip
 def test_a_rise_called_a_fall_is_seen(wrong: str, right: str) -> None:
     assert wrong_way(wrong, PROMPT) and not wrong_way(right, PROMPT)
+
+
+SERIES = """- Renewable Share 2030: 64.2%
+- Renewable Share 2040: 82.1%
+- Emissions: 3.50 Mt CO2 (2030), 1.80 Mt CO2 (2040)
+- Peak Demand: 1,020 MW (2030), 1,320 MW (2040)
+- Coal Capacity: 365 MW (2030), 275 MW (2040)
+- Solar Capacity: 385 MW (2030), 920 MW (2040)
+- Jobs Created: 2,852 (2030), 3,900 (2040)
+- Storage Capacity: 75 MW (2030), 135 MW (2040)"""
+FREE_AND_WRONG = """Emissions go up to 2040. Coal capacity is going up. The share of renewables goes down. Coal use
+rises. Peak demand is lower in 2040 than in 2030. Electricity demand declines. Pollution rises.
+Solar dwindles after 2030. Storage is halved by 2040. Jobs will decline by 2040. We see emissions
+climbing. A rise in emissions worries us. The growth of coal is plain. Falling solar capacity is a
+concern. Emissions are set to increase. The number of jobs slips. Peak demand eases. The renewable
+share shrinks. Solar capacity has been reduced. Coal expands. Demand drops. There will be fewer jobs
+in 2040. Less solar is planned in 2040. More coal comes by 2040. Batteries are scaled down.
+Emissions of 3.50 Mt CO2 in 2030 grow to 2040. Rising emissions undo the plan. The decline of the
+renewable share is steep."""
+FREE_AND_RIGHT = """Emissions fall to 2040. Coal capacity is going down. The share of renewables goes up. Coal use
+falls. Peak demand is higher in 2040 than in 2030. Jobs grow less quickly than in the past, but they
+grow. Emissions ease by 2040. Emissions would rise without it. Should coal rise again, we object.
+Lower emissions help. A cut of emissions is welcome. Solar reduces emissions. More solar means less
+coal. Faster growth of solar would help. Electricity demand grows."""
+
+
+def test_a_turned_direction_in_free_words_is_seen_three_times_in_four() -> None:
+    """Sentences that were not made from the word lists: what the measure is worth on another model's wording."""
+    wrong, right = (re.split(r"(?<=\.) ", " ".join(text.split())) for text in (FREE_AND_WRONG, FREE_AND_RIGHT))
+    assert len(wrong) == 28 and sum(bool(wrong_way(s, SERIES)) for s in wrong) >= 22
+    assert [s for s in right if wrong_way(s, SERIES)] == []
 
 
 def test_a_metric_of_one_year_has_no_direction() -> None:

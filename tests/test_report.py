@@ -49,14 +49,14 @@ RECORD = {
 
 
 def make(
-    folder: Path, name: str = "Wind first", raters: tuple = (), record: dict = RECORD, rivals: tuple = ()
+    folder: Path, name: str = "Wind first", raters: tuple = (), record: dict = RECORD, rivals: tuple = (), **more: float
 ) -> tuple[str, dict, pd.DataFrame]:
     run = SimpleNamespace(
         profile=SimpleNamespace(name="quick", model="tiny"), record=record, path=lambda *p: folder.joinpath(*p)
     )
     rows, said = material(name)
     said += [answer(GOOD if i % 2 else "", i, rival) for rival in rivals for i in range(12)]
-    scores = score(rows, said)
+    scores = score(rows, said).assign(**more)
     for rater in raters:
         one = Rating(folder / "evaluation", rows, said, rater)
         for i in one.rows:
@@ -229,6 +229,26 @@ def test_worst_puts_empty_answers_first_and_leaves_good_ones_out() -> None:
     assert (
         faults(scores.to_dict("records")[0]) == [] and faults(scores.to_dict("records")[2])[0] == "the answer is empty"
     )
+
+
+def test_a_strange_voice_and_an_echo_are_faults() -> None:
+    (line,) = score([row()], [answer(GOOD)]).assign(heard="finance").to_dict("records")
+    assert faults(line) == ["sounds like finance"] and faults({**line, "heard": line["stakeholder_id"]}) == []
+    (echo,) = score([row()], [answer(GOOD + "\nScenario: Kenya")]).to_dict("records")
+    assert "holds an echo, for which the tool throws it away" in faults(echo)
+
+
+def test_each_figure_that_is_there_takes_its_own_line_from_what_is_missing(tmp_path: Path) -> None:
+    page, facts, _ = make(tmp_path)
+    named = {name for name in NOT_MEASURED.values() if name}
+    absent = {NOT_MEASURED[text] for text in facts["not_measured"]} - {""}
+    assert {"people", "identity", "consistency", "perplexity", "tuned-q4", "prompted"} <= absent < named
+    assert "Under the bar for a workshop:</strong> " in page
+    assert any("not measured" in problem for problem in facts["below_bar"])
+    for name in ("consistency", "perplexity"):
+        (tmp_path / name).mkdir()
+        _, more, _ = make(tmp_path / name, **{name: 0.5})
+        assert [NOT_MEASURED[t] for t in facts["not_measured"] if t not in more["not_measured"]] == [name]
 
 
 def test_marked_pieces_join_to_the_answer() -> None:

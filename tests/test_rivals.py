@@ -14,7 +14,7 @@ from test_evaluation import GOOD, answer, row, scored
 
 from stakelib.dialogues import build, split
 from stakelib.dialogues.files import write_rows
-from stakelib.evaluation import ask, asking, compare, compare_runs, gate, general, held_out, score
+from stakelib.evaluation import MEASURES, ask, asking, compare, compare_runs, gate, general, held_out, score
 from stakelib.evaluation.asking import prompted, report_prompts, reworded, texts
 from stakelib.models import Rendered, bits_per_byte
 from stakelib.run import PROFILES, CourseError
@@ -134,11 +134,19 @@ def test_any_pair_can_be_compared_and_columns_carry_its_names() -> None:
 
 
 def test_bars_list_every_measure_below_and_pass_a_good_model() -> None:
-    good = score([row(i) for i in range(3)], [answer(GOOD, i) for i in range(3)])
-    assert {"has_sections", "grounded_share"} <= set(gate(good)["measure"])
-    with pytest.raises(CourseError) as refused:
-        gate(good.assign(has_sections=False, copied_prompt=True))
-    assert len(refused.value.problems) == 2 and "wanted at most 2%" in str(refused.value)
+    unheard = score([row(i) for i in range(3)], [answer(GOOD, i) for i in range(3)])
+    with pytest.raises(CourseError, match="like the stakeholder: not measured, wanted at least 80%") as refused:
+        gate(unheard)
+    assert len(refused.value.problems) == 1
+    good = unheard.assign(identity=True)
+    table = gate(good).set_index("measure")
+    for name, bar in table["bar"].items():
+        step = 0.01 if MEASURES[name].direction == "higher" else -0.01
+        assert len(gate(good.assign(**{name: bar + step / 10}))) == 11
+        with pytest.raises(CourseError) as refused:
+            gate(good.assign(**{name: bar - step}))
+        assert [p.split(":")[0] for p in refused.value.problems] == [MEASURES[name].label]
+    assert len(table) == 11 and "wanted at most 10%" in str(refused.value)
     with pytest.raises(CourseError, match="no answers"):
         gate(good, "base")
 

@@ -119,6 +119,7 @@ BAD_LINES = {  # every way we know to spoil a line, and what must be said of it
     11: (b'{"prompt": "\xe9", "completion": "b"}', "not UTF-8 (invalid continuation byte)"),
     12: (b'{"prompt": "\\ud800", "completion": "b"}', "not UTF-8 (surrogates not allowed)"),
     13: (b'{"prompt": "a <end_of_turn> b", "completion": "c"}', "holds <end_of_turn>, a control token of this model"),
+    10: (b"[" * 100_000, "not a JSON object"),
     14: (b'{"id": "r14", "prompt": "' + b"energy " * 200 + b'", "completion": "b"}', "tokens, at most 96 allowed"),
 }
 

@@ -7,16 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import CONTEXTS, STAKEHOLDERS, VARIANTS
 
 
 @functools.cache
 def _given() -> re.Pattern[str]:
-    """Names of the nine (also each half, also singular), their priorities, stances, contexts, and digits."""
-    names = [part.rstrip("s") for p in STAKEHOLDERS.values() for part in (p.name, *p.name.split(" & "))]
-    told = [*(word for p in STAKEHOLDERS.values() for word in p.priorities), *VARIANTS, *CONTEXTS]
-    listed = sorted({re.escape(x) for x in (*names, *told)}, key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(listed)})s?\b|\d[\d.,]*", re.I)
+    """All that begins like a word of the nine names, their priorities, the metrics, stances and contexts; digits.
+
+    Words of under five letters as they are, longer ones by their first five: "secure" goes with "security".
+    """
+    told = [text for p in STAKEHOLDERS.values() for text in (p.name, *p.priorities)]
+    told += [*(label for label, *_ in METRICS.values()), *VARIANTS, *CONTEXTS]
+    listed = {word[:5] + r"\w*" if len(word) > 4 else word + "s?" for word in re.findall(r"\w{2,}", " ".join(told))}
+    return re.compile(rf"\b(?:{'|'.join(sorted(listed))})\b|\d[\d.,]*", re.I)
 
 
 def masked(text: str, row: Mapping[str, Any]) -> str:

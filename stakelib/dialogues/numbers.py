@@ -9,7 +9,11 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
+import yaml
+
+DATA = yaml.safe_load(files(__package__).joinpath("numbers.yaml").read_text(encoding="utf-8"))
 NOT_FIGURES = re.compile(
     r"24/7|24-hour|\b\d+(?:st|nd|rd|th)\b|\bSDG ?\d+|\b[A-Za-z]+-\d+\b|\b1\.5 ?(?:°C?|degrees?)|\bCOP ?\d+"
     r"|\b(?:Article|Scope|Phase|Option|Tier) \d+"
@@ -25,16 +29,14 @@ TENS = {word: 10 * i for i, word in enumerate(_TENS.split(), 2)}
 SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _WORD = "|".join(sorted({*SMALL, *TENS}, key=len, reverse=True))
 WORDS = rf"(?:(?:a|{_WORD})[- ](?:{'|'.join(SCALES)})|{_WORD})(?:(?:[- ]and)?[- ](?:{_WORD}|{'|'.join(SCALES)}))*"
-FRACTIONS = {"half": 50.0, "third": 100 / 3, "quarter": 25.0, "two thirds": 200 / 3, "three quarters": 75.0,
-             "fifth": 20.0, "two fifths": 40.0, "three fifths": 60.0, "four fifths": 80.0, "tenth": 10.0}
 PARTS = re.compile(r"\b(?:(?P<many>two|three|four)[- ](?P<parts>thirds|quarters|fifths)"
                    r"|(?:an?|one)[- ]?(?P<part>half|third|quarter|fifth|tenth)|(?P<half>half))"
                    r"(?=\s+(?:of|the|its|all|our|that)\b|[.,;:]|$)", re.I)
 TIMES = re.compile(r"\b(?:(?:doubl|tripl|quadrupl)(?:e|es|ed|ing)(?![- ](?:count|check|dividend|digit))"
                    r"|(?:two|three|four|five|ten)-?fold\b|twice(?= (?:as|the)))", re.I)
 SCALE = r"(?:\s*(?P<scale>thousand|million|billion|trillion|bn|mn|[kMB](?![A-Za-z])))?"
-UNIT = (r"(?:\s*-?(?P<unit>%|percent(?:age points?)?|per cent|points\b|[kMGT]Wh?\b|kilowatts?|"
-        r"(?:mega|giga|tera)watt(?:[- ]hour)?s?|[Mk]t(?: of)? ?CO2\w*|Mt\b|kt\b|t CO2|tonnes?(?: of CO2)?|tons?\b|"
+UNIT = (r"(?:\s*-?(?P<unit>%|percent(?:age points?)?|per cent|points\b|[kMGT]Wh?\b|"
+        r"(?:kilo|mega|giga|tera)watt(?:[- ]hour)?s?|[Mk]t(?: of)? ?CO2\w*|Mt\b|kt\b|t CO2|tonnes?(?: of CO2)?|tons?\b|"
         r"hectares?|ha\b|km2?\b|m\$|US dollars?|dollars?|"
         r"USD|years?\b|months?\b|days?\b|hours?\b|people\b|households\b|homes\b|families\b|"
         r"(?:[a-z-]+ ){0,2}?(?:jobs?|posts?|workers?|positions?|job-years)\b))?")
@@ -53,40 +55,10 @@ CHANGE = re.compile(r"\b(?:ris\w+|rose|increas\w+|gr[oe]w\w*|gain\w*|climb\w*|ju
                     r"f[ae]ll\w*|drop\w*|declin\w+|decreas\w+|reduc\w+|down|less|fewer|difference|change\w*|points)\b",
                     re.I)
 
-_UNITS: list[tuple[str, str, float]] = [  # pattern, unit, factor to it
-    (r"%|percent|per cent|points?", "%", 1), (r"kWh?$|kilowatt", "MW", 1e-3), (r"GWh|gigawatt[- ]hour", "GWh", 1),
-    (r"TWh|terawatt[- ]hour", "GWh", 1e3), (r"MWh|megawatt[- ]hour", "GWh", 1e-3), (r"GW|gigawatt", "MW", 1e3),
-    (r"MW|megawatt", "MW", 1), (r"Mt", "Mt CO2", 1), (r"kt", "Mt CO2", 1e-3), (r"t CO2|tonne|ton", "Mt CO2", 1e-6),
-    (r"hectare|ha", "ha", 1), (r"km", "km", 1), (r"m\$", "m$", 1), (r"USD|US dollar|dollar", "m$", 1e-6),
-    (r"year|month|day|hour", "time", 1), (r"people|household|home|famil", "people", 1),
-    (r".*(?:job|post|worker|position)", "jobs", 1)]
-
-# unit -> [(keyword, metric)]: which figure a word nearby names, given the unit
-KEYWORDS: dict[str, list[tuple[str, str]]] = {
-    "%": [(r"(?:solar|wind)(?: PV)?(?: and | plus |/)(?:solar|wind)|variable|weather-dependent", "vre_share"),
-          (r"emissions?|carbon|CO2|pollution|decarbonis\w+|greenhouse", "emission_cut"),
-          (r"renewables?|clean (?:power|energy|electricity)|green (?:power|energy|electricity)", "re_share"),
-          (r"solar(?: PV)?|wind|hydro(?:power)?|coal|gas|storage|imports?|private|access|electrification",
-           "other_share")],
-    "MW": [(r"renewable(?:s)? (?:capacity|fleet)|renewables", "re_capacity"), (r"fossil(?: \w+)?", "fossil_capacity"),
-           (r"peak(?: demand| load)?|demand", "peak"), (r"storage|batter(?:y|ies)", "storage"),
-           (r"interconnect(?:or|ors|ion|ions)|cross-border (?:lines?|capacity)|tie-?lines?", "interconnector"),
-           (r"solar(?: PV)?|panels", "solar"), (r"wind|turbines", "wind"), (r"hydro(?:power)?|dams?", "hydro"),
-           (r"geothermal", "geothermal"), (r"biomass", "biomass"), (r"coal", "coal"), (r"gas", "gas"),
-           (r"diesel", "diesel"), (r"fuel oil|HFO", "hfo")],
-    "MW/yr": [(r"additions?|build rate|renewables?|new capacity", "additions")],
-    "jobs": [(r"(?:permanent|lasting|long-term|operations?|steady)(?: \w+)?", "permanent_jobs"),
-             (r"jobs?|workers?|employment|work\b", "jobs")],
-    "m$": [(r"invest\w*|capital|spend\w*|cost\w*|money|bill|finance|outlay|programme", "investment")],
-    "m$/yr": [(r"yearly|annual|a year|per year", "yearly_investment")],
-    "Mt CO2": [(r"emissions?|carbon|CO2|emit\w*", "emissions")],
-    "ha": [(r"land|hectares?|ground|fields|sites", "land")],
-    "GWh": [(r"imports?", "imports"), (r"generation|output", "generation"), (r"curtail\w+", "curtailment")],
-}
-ONLY = {"Mt CO2": "emissions", "ha": "land", "m$": "investment", "m$/yr": "yearly_investment", "MW/yr": "additions"}
-_COMPILED = {unit: [(re.compile(rf"\b(?:{p})\b", re.I), m) for p, m in rows] for unit, rows in KEYWORDS.items()}
+_COMPILED = {unit: [(re.compile(rf"\b(?:{p})\b", re.I), m) for p, m in rows] for unit, rows in DATA["keywords"].items()}
 ATTACHED = re.compile(r"\s*(?:(?:of|in|from|for|as)\s)?"
                       r"(?:(?:the|its|our|new|installed|more|extra|firm|cut|less|fewer|lower|total)\s)*")
+SPAN = re.compile(r"\b(?:between|from|the|both) (\d{4}) (?:and|to) (\d{4})\b", re.I)
 STOP = re.compile(r"[,;:()\u2014\u2013.!?]|\b(?:and|but|while|then|with|to|from|against|rising|falling)\b")
 
 
@@ -141,6 +113,7 @@ def _digits(match: re.Match[str]) -> Mention | None:
     before = match.string[max(0, match.start() - 16):match.start()]
     if HEDGE.search(before) and not places and value:
         step = 0.5 * 10.0 ** (len(digits.replace(",", "")) - len(digits.replace(",", "").rstrip("0")))
+        step = min(step, max(0.5, 0.05 * value))  # "nearly 100" is not 60
     text, factor = match.group().strip(), scale * factor
     return Mention(value * factor, unit, None, None, match.start(), match.start() + len(text), text, step * factor)
 
@@ -175,7 +148,7 @@ def _scale(word: str | None) -> float:
 def _unit(word: str | None, money: str | None) -> tuple[str, float]:
     if money:
         return "m$", 1e-6
-    for pattern, unit, factor in _UNITS if word else []:
+    for pattern, unit, factor in DATA["units"] if word else []:
         if re.match(pattern, word, 0 if unit in ("MW", "GWh", "Mt CO2") else re.I):
             return unit, factor
     return ("unknown", 1.0) if word else ("", 1.0)
@@ -183,8 +156,8 @@ def _unit(word: str | None, money: str | None) -> tuple[str, float]:
 
 def _fraction(match: re.Match[str]) -> float:
     if match["many"]:
-        return FRACTIONS[f"{match['many']} {match['parts']}".lower()]
-    return FRACTIONS[(match["part"] or match["half"]).lower()]
+        return DATA["fractions"][f"{match['many']} {match['parts']}".lower()]
+    return DATA["fractions"][(match["part"] or match["half"]).lower()]
 
 
 def _rated(mention: Mention, text: str) -> Mention:
@@ -240,6 +213,8 @@ def _year(mention: Mention, years: list[tuple[int, int, int]], text: str, left: 
         if reach <= start <= following and not STOP.search(text[reach:start]):
             return year
     before = [year for start, end, year in years if left <= start and end <= mention.start]
+    if any(m.group(2) == str(before[-1]) for m in SPAN.finditer(text, left, mention.start) if before):
+        return None  # either of two years
     return before[-1] if before else None
 
 
@@ -257,7 +232,7 @@ def _metric(mention: Mention, text: str, left: int, right: int, following: int) 
     if before:
         return max(before)[2]
     after = [(m.start(), i, name) for i, (p, name) in enumerate(table) for m in p.finditer(text, mention.end, right)]
-    return min(after)[2] if after else ONLY.get(mention.unit)
+    return min(after)[2] if after else DATA["only"].get(mention.unit)
 
 
 def without_names(text: str, prompt: str) -> str:
@@ -271,15 +246,21 @@ def without_names(text: str, prompt: str) -> str:
 def ungrounded(text: str, prompt: str, derived: bool = False) -> list[Miss]:
     """The mentions of `text` that `prompt` does not hold with the same value (rounding as printed allowed), unit,
     and, where both state them, metric and year. `derived`: after a word of change, the difference, or change in
-    percent, of one metric's figures in two years counts as held too; training rows do no sums, so the gate is strict.
+    percent, of this metric's figures in two years counts as held too; training rows do no sums, so the gate is strict.
     """
     held = mentions(without_names(prompt, prompt))
     plain = without_names(text, prompt)
     misses = [miss for m in mentions(plain) if (miss := _miss(m, held))]
     sums = _changes(held) if derived and misses else []
     return [m for m in misses if not (CHANGE.search(plain, max(0, m.mention.start - 40), m.mention.end + 12)
-                                      and any(s.unit == m.mention.unit and abs(s.value - m.mention.value)
-                                              <= max(m.mention.step, s.step) * 1.000001 for s in sums))]
+                                      and not re.search(r"\bto \$?$", plain[:m.mention.start])  # a level, no change
+                                      and any(_is_change(m.mention, s) for s in sums))]
+
+
+def _is_change(said: Mention, change: Mention) -> bool:
+    """Is it this change? In percent the words name another metric (a share, a cut), so only the value can tell."""
+    same = said.unit == change.unit and (said.unit == "%" or said.metric in (None, change.metric))
+    return same and abs(change.value - said.value) <= max(said.step, change.step) * 1.000001
 
 
 def _changes(held: list[Mention]) -> list[Mention]:

@@ -65,10 +65,9 @@ def sections(text: str) -> list[tuple[str, str]]:
 
 
 def copied(text: str, prompt: str) -> bool:
-    """True if `text` repeats a whole prompt line of >= 8 words, or three prompt lines of >= 3 words."""
-    flat = " ".join(text.lower().split())
-    lines = {" ".join(line.lower().split()) for line in prompt.splitlines()}
-    lengths = [len(re.findall(r"\w+", line)) for line in lines if line and line in flat]
+    """True if `text` repeats a whole prompt line of >= 8 words, or three of >= 3 words, whatever bullets they have."""
+    flat, *lines = (" ".join(re.findall(r"[\w%$.,]+", part.lower())) for part in (text, *prompt.splitlines()))
+    lengths = [len(re.findall(r"\w+", line)) for line in set(lines) if line and line in flat]
     return any(n >= 8 for n in lengths) or sum(n >= 3 for n in lengths) >= 3
 
 
@@ -114,7 +113,7 @@ def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
         "keeps_to_data": some and not claims,
         "right_direction": some and not turned,
         "echo_free": some and not ECHO.search(text),
-        "copied_prompt": copied(text, prompt),
+        "copied_prompt": not some or copied(text, prompt),
         "repeated": repeated(text),
         "priorities": priorities(text, row["stakeholder_id"]),
         "specificity": 100 * facts / max(1, len(text.split())),

@@ -13,8 +13,8 @@ from stakelib import plots
 from stakelib.evaluation.claims import claims
 from stakelib.evaluation.measures import MEASURES
 from stakelib.evaluation.rating import preferences
-from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, compare, smallest_visible_difference
-from stakelib.run import atomic_write_json, atomic_write_text, clock
+from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, compare, gate, smallest_visible_difference
+from stakelib.run import CourseError, atomic_write_json, atomic_write_text, clock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,10 @@ NOT_MEASURED = {  # what is missing: the measure, system or "people" whose figur
     "Whether an answer sounds like its own stakeholder and no other.": "identity",
     "Whether words such as rise and fall agree with the scenario.": "right_direction",
     "Whether claims without a figure agree with the scenario.": "keeps_to_data",
-    "The same question asked twice, in other words, or at the temperature that the tool uses.": "consistency",
+    "The same question in other words.": "consistency",
+    "The file at 4 bits.": "tuned-q4",
+    "How natural the answers sound to another model.": "perplexity",
+    "Answers drawn at the temperature that Ollama and the tool use: notebook 06 asks some, this page counts none.": "",
     "What the model forgot: anything outside this task.": "knows",
     "Speed and memory on computers other than the one named under Cost.": "",
 }
@@ -68,9 +71,13 @@ def report(
         "measures": {name: vars(m) for name, m in MEASURES.items()},
         **{k: run.record.get(k) or {} for k in ("machine", "versions")},
     }
-    known = {*comparison["measure"], *totals, *(["people"] if people else [])}
+    known = {*comparison["measure"], *scores.columns[scores.notna().any()], *totals, *(["people"] if people else [])}
     facts["not_measured"] = [text for text, name in NOT_MEASURED.items() if name not in known]
-    facts["verdict"] = verdict(facts)
+    facts |= {"verdict": verdict(facts), "below_bar": []}
+    try:
+        gate(scores)
+    except CourseError as below:
+        facts["below_bar"] = below.problems
     facts = finite(facts)
     atomic_write_json(run.path("evaluation", "evaluation.json"), facts)
     voices = [row["stakeholder"] for row in rows]
@@ -127,7 +134,10 @@ def faults(line: Mapping[str, Any]) -> list[str]:
     few = [f"{name} {n}" for name, n in line["items"].items() if name not in line["missing"]]
     said += [f"wrong number of points ({', '.join(few)})"] if few and not line["items_ok"] else []
     said += ["did not stop by itself"] if not line["stopped"] and line["words"] else []
-    said += ["copies the prompt"] if line["copied_prompt"] else []
+    said += ["copies the prompt"] if line["copied_prompt"] and line["words"] else []
+    said += ["holds an echo, for which the tool throws it away"] if not line["echo_free"] and line["words"] else []
+    heard = line.get("heard")
+    said += [f"sounds like {heard}"] if heard and heard != line["stakeholder_id"] else []
     often = line["words"] and line["repeated"] > 0.2
     said += [f"repeats itself ({line['repeated']:.0%} of four-word runs)"] if often else []
     return said + (["uses fewer than three scenario figures"] if not line["cites_three"] else [])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
-from math import sqrt
+from math import ceil, log2, sqrt
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from stakelib.evaluation.measures import MEASURES
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DRAWS = 2000  # bootstrap draws: the 2.5 % tail then rests on 50 of them
 ALPHA = 0.05
+JUDGED = sum(m.direction != "none" for m in MEASURES.values())
 ICC = 0.1  # least correlation assumed between answers about one scenario: rates near 0 or 1 hide theirs
 
 
@@ -30,17 +32,19 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def smallest_visible_difference(n: int, discordant: float = 0.3) -> float:
+def smallest_visible_difference(n: int, discordant: float = 0.3, tests: int = JUDGED) -> float:
     """Difference of two paired rates (0-1) that n pairs show with 80 % chance at the 5 % level; 1.0 if none.
 
-    Solves Connor's (1987) sample size for McNemar's test, assuming that `discordant` of the pairs differ. Pairs from
-    the same scenario carry less than n separate ones, so this is a best case.
+    Solves Connor's (1987) sample size for McNemar's test, assuming that `discordant` of the pairs differ, at the level
+    that Holm's correction asks of the first of `tests` measures. Pairs from the same scenario carry less than n
+    separate ones, so this is a best case.
     """
+    sure = NormalDist().inv_cdf(1 - ALPHA / 2 / tests)
     for points in range(1, 100):
         d = points / 100
         spread = max(discordant, d)
-        if (1.96 * sqrt(spread) + 0.84 * sqrt(max(spread - d * d, 0))) ** 2 / d**2 <= n:
-            return max(d, 6 / n)  # six pairs, all one way, are the fewest that the exact test can call
+        if (sure * sqrt(spread) + 0.84 * sqrt(max(spread - d * d, 0))) ** 2 / d**2 <= n:
+            return min(1.0, max(d, ceil(1 + log2(tests / ALPHA)) / n))  # the fewest pairs that the exact test can call
     return 1.0
 
 
@@ -66,9 +70,10 @@ def clustered_means(values: np.ndarray, clusters: Sequence[Any], seed: int = 0) 
 
 
 def clustered_wilson(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
-    """95 % Wilson interval of a rate whose yes/no values share clusters: n shrinks by the design effect, z grows to t.
+    """95 % Wilson interval of a rate whose values (0-1) share clusters: n shrinks by the design effect, z grows to t.
 
-    The design effect is at least that of ICC; simulated worlds near 0 or 1 are then covered too (tests).
+    The design effect is at least that of ICC; simulated worlds near 0 or 1 are then covered too (tests). Shares, which
+    spread less than yes/no, get an interval that is too wide: a bootstrap near 1 has next to no width, and lies.
     """
     import numpy as np
     from scipy.stats import norm, t
@@ -86,12 +91,12 @@ def clustered_wilson(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float
     return float(low), float(high)
 
 
-def newcombe(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
-    """95 % interval of tuned - base of paired yes/no values (Newcombe 1998, method 10); blind to clusters."""
+def newcombe(base: np.ndarray, tuned: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
+    """95 % interval of tuned - base of paired values 0-1 (Newcombe 1998, method 10, with limits that know clusters)."""
     import numpy as np
 
-    n, p, q = len(base), base.mean(), tuned.mean()
-    (p_low, p_high), (q_low, q_high) = wilson(int(base.sum()), n), wilson(int(tuned.sum()), n)
+    p, q = base.mean(), tuned.mean()
+    (p_low, p_high), (q_low, q_high) = clustered_wilson(base, clusters), clustered_wilson(tuned, clusters)
     phi = 0.0 if base.std() == 0 or tuned.std() == 0 else float(np.corrcoef(base, tuned)[0, 1])
     down = (q - q_low) ** 2 - 2 * phi * (q - q_low) * (p_high - p) + (p_high - p) ** 2
     up = (q_high - q) ** 2 - 2 * phi * (q_high - q) * (p - p_low) + (p - p_low) ** 2
@@ -100,24 +105,23 @@ def newcombe(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
 
 def _compare_one(first: np.ndarray, second: np.ndarray, clusters: Sequence[Any], kind: str,
                  names: Sequence[str]) -> dict[str, Any]:
-    """Values, intervals, difference and p of one measure; yes/no with score intervals, others by bootstrap."""
+    """Values, intervals, difference and p of one measure; rates with score intervals, numbers by bootstrap."""
     import numpy as np
     from statsmodels.stats.contingency_tables import mcnemar
 
     draws = clustered_means(np.column_stack([first, second, second - first]), clusters)
     low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+    if kind != "number":
+        (low[0], high[0]), (low[1], high[1]) = (clustered_wilson(x, clusters) for x in (first, second))
+        d_low, d_high = newcombe(first, second, clusters)
+        low[2], high[2] = np.fmin(low[2], d_low), np.fmax(high[2], d_high)  # whichever is wider
+        low, high = np.maximum(low, [0, 0, -1]), np.minimum(high, [1, 1, 1])
     if kind == "yes/no":
-        (b_low, b_high), (t_low, t_high) = clustered_wilson(first, clusters), clustered_wilson(second, clusters)
-        # pairs from few scenarios: the bootstrap is wider, certain results: this; one scenario: nothing is known
-        d_low, d_high = newcombe(first, second) if len(set(clusters)) > 1 else (-1.0, 1.0)
-        low, high = [b_low, t_low, min(d_low, low[2])], [b_high, t_high, max(d_high, high[2])]
         table = [[np.sum((first == i) & (second == j)) for j in (1, 0)] for i in (1, 0)]
         p = float(mcnemar(table, exact=True).pvalue)
     else:
         tail = min((draws[:, 2] <= 0).sum(), (draws[:, 2] >= 0).sum())
         p = float(min(1.0, 2 * (tail + 1) / (DRAWS + 1))) if np.isfinite(draws).all() else 1.0
-    if kind != "number":
-        low, high = np.maximum(low, [0, 0, -1]), np.minimum(high, [1, 1, 1])
     line = {"n": len(first), "scenarios": len(set(clusters))}
     for i, (name, value) in enumerate(zip((*names, "difference"), (first, second, second - first), strict=True)):
         line |= {name: float(value.mean()), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
@@ -186,11 +190,10 @@ def by_stakeholder(scores: pd.DataFrame, measures: Sequence[str]) -> pd.DataFram
     for name in measures:
         for (who, system), part in scores.groupby(["stakeholder", "system"]):
             values, clusters = part[name].to_numpy(float), list(part["scenario_id"])
-            if MEASURES[name].kind == "yes/no":
-                low, high = clustered_wilson(values, clusters)
+            if MEASURES[name].kind == "number":
+                low, high = np.quantile(clustered_means(values[:, None], clusters), [ALPHA / 2, 1 - ALPHA / 2])
             else:
-                draws = clustered_means(values[:, None], clusters)
-                low, high = np.clip(np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2]), 0, 1)
+                low, high = clustered_wilson(values, clusters)
             about = {"measure": name, "label": MEASURES[name].label, "stakeholder": who, "system": system}
             found = {"n": len(values), "value": float(values.mean()), "low": float(low), "high": float(high)}
             lines.append(about | found)
@@ -198,9 +201,9 @@ def by_stakeholder(scores: pd.DataFrame, measures: Sequence[str]) -> pd.DataFram
 
 
 def gate(scores: pd.DataFrame, system: str = "tuned") -> pd.DataFrame:
-    """The means of one system beside the bars of bars.json; measures that `scores` does not hold are left out.
+    """The means of one system beside the bars of bars.json.
 
-    Raises CourseError listing every measure on the wrong side of its bar, with the bar's reason.
+    Raises CourseError listing every measure on the wrong side of its bar, with the bar's reason, or not measured.
     """
     import pandas as pd
 
@@ -208,15 +211,14 @@ def gate(scores: pd.DataFrame, system: str = "tuned") -> pd.DataFrame:
     part = scores[scores["system"] == system]
     if part.empty:
         raise CourseError(f"no answers of '{system}'", "ask it with ask() first")
-    lines, problems = [], []
+    lines, problems, nothing = [], [], part.iloc[:0, 0]
     for name, bar in bars.items():
-        values = part[name].dropna().astype(float) if name in part else part.iloc[:0, 0]
-        if len(values):
-            upward, mean = MEASURES[name].direction == "higher", float(values.mean())
-            lines.append({"measure": name, "value": mean, **bar})
-            if not (mean >= bar["bar"] if upward else mean <= bar["bar"]):
-                wanted = f"{'at least' if upward else 'at most'} {bar['bar']:.0%}"
-                problems.append(f"{MEASURES[name].label}: {mean:.1%}, wanted {wanted} ({bar['reason']})")
+        upward, mean = MEASURES[name].direction == "higher", float(part.get(name, nothing).astype(float).mean())
+        lines.append({"measure": name, "value": mean, **bar})
+        if not (mean >= bar["bar"] if upward else mean <= bar["bar"]):
+            found = "not measured" if mean != mean else f"{mean:.1%}"
+            wanted = f"{'at least' if upward else 'at most'} {bar['bar']:.0%}"
+            problems.append(f"{MEASURES[name].label}: {found}, wanted {wanted} ({bar['reason']})")
     if problems:
         raise CourseError(problems, "do not ship this model; read the worst answers in the report, then train again")
     return pd.DataFrame(lines)

@@ -15,7 +15,7 @@ from stakelib.models import Rendered
 from stakelib.run import CourseError, atomic_write_json, discard, is_main, sha256
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
-RISE = 2.0  # nats per token above the start: the right token is e^2 = 7 times less likely than before any training
+RISE = 2.0  # nats per token above the best so far: the right token is e^2 = 7 times less likely than it was
 
 
 def no_better(history: list[dict[str, float]], patience: int) -> bool:
@@ -33,8 +33,8 @@ def diverged(what: str, rows: list[str], best: int | None, folder: Path) -> Cour
 
 
 def rose(losses: list[float]) -> bool:
-    """True if the last two logged means both lie far above the first: one odd row is no reason."""
-    return len(losses) > 2 and min(losses[-2:]) > losses[0] + RISE
+    """True if the last two logged means both lie far above the best before: one odd row is no reason."""
+    return len(losses) > 2 and min(losses[-2:]) > min(losses[:-2]) + RISE
 
 
 def show_losses(history: list[dict[str, float]], picture: Any) -> Any:

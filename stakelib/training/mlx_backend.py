@@ -174,7 +174,7 @@ class Keeper(TrainingCallback):
         self.window = []
         losses = [h["loss"] for h in self.history if "loss" in h]
         if keep.rose(losses):
-            what, share = f"the loss rose from {losses[0]:.2f} to {losses[-1]:.2f}", self.recipe.accumulate
+            what, share = f"the loss rose from {min(losses):.2f} to {losses[-1]:.2f}", self.recipe.accumulate
             raise self.broken(f"{what} at step {self.step}", (self.step - count) * share, self.step * share)
 
     def log(self, **loss: float) -> None:

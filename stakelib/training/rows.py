@@ -63,7 +63,7 @@ def _read(file: Path) -> tuple[Rows, list[str]]:
             rows += [] if missing else [(where, row)]
         except UnicodeError as problem:
             problems.append(f"{where}: not UTF-8 ({problem.reason})")
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             problems.append(f"{where}: not a JSON object")
     return rows, problems if problems or rows else [f"{file.name} has no rows"]
 
