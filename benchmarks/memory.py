@@ -4,8 +4,9 @@
 
 A case is model:precision:tokens:learned:checkpointing; precision "full" learns every weight. Models that are not in
 .cache get random weights of their shape, kept in runs/random (5 GB for the largest).
-Anonymous memory is what the system cannot drop; mapped weight files are counted apart. The cap is a memory cgroup
-(root on Linux), which counts mapped pages too. Prints a table and writes benchmarks/records/memory.json.
+Anonymous memory, swapped or not, is what the system cannot drop; mapped weight files are counted apart. The cap is a
+memory cgroup (root on Linux), which counts mapped pages too and allows no swap. Prints a table and writes
+benchmarks/records/memory.json.
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ def cap_group(gb: float) -> Path | None:
             lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
             own = next(line.split(":", 2)[2] for line in lines if line.split(":")[1] == "memory")
             group, limit = v1 / own.lstrip("/") / f"stake-{os.getpid()}", "memory.limit_in_bytes"
+            swap, allowed = "memory.memsw.limit_in_bytes", int(gb * 2**30)  # memory and swap together
         else:
             group, limit = Path("/sys/fs/cgroup") / f"stake-{os.getpid()}", "memory.max"
+            swap, allowed = "memory.swap.max", 0
         group.mkdir(exist_ok=True)
         (group / limit).write_text(str(int(gb * 2**30)), encoding="utf-8")
+        if (group / swap).exists():  # not there where the kernel counts no swap
+            (group / swap).write_text(str(allowed), encoding="utf-8")
         return group
     except OSError:
         return None
@@ -67,9 +72,12 @@ class Watch:
 
         status = Path("/proc/self/status")
         while not self.done.wait(0.02):
-            self.anonymous_gb = max(self.anonymous_gb, anonymous_mb() / 1024)
+            lines, swapped = {}, 0.0
             if status.exists():
                 lines = dict(x.split(":", 1) for x in status.read_text(encoding="utf-8").splitlines() if ":" in x)
+                swapped = int(lines["VmSwap"].split()[0]) / 2**20
+            self.anonymous_gb = max(self.anonymous_gb, anonymous_mb() / 1024 + swapped)
+            if lines:
                 self.mapped_gb = max(self.mapped_gb, int(lines["RssFile"].split()[0]) / 2**20)
 
     def __exit__(self, *_: object) -> None:
@@ -120,7 +128,8 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     return {
         **case, "weights": "real" if known else "random", "compute": machine.precision()[0],
         "anonymous_gb": round(watch.anonymous_gb, 2), "mapped_gb": round(watch.mapped_gb, 2),
-        "row_s": round(statistics.median(Clock.seconds[1:]), 2),
+        "row_s": round(statistics.median(Clock.seconds[1:]), 2), "rows": steps,
+        "processor": machine.describe()["processor"],
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def ask(what: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def compare(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
     """Medians over the rounds of predicted / measured."""
-    memory, raw, scaled, runs = [], [], [], []
+    memory, raw, scaled, runs = [], [], [], []  # one of each for every round
     for _ in range(rounds):
         said, was = ask("predict", case, steps), ask("measured", case, steps)
         memory.append(said["anonymous_gb"] / was["anonymous_gb"])
@@ -83,10 +83,9 @@ def compare(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
         runs.append({"said": said, "was": was})
     middle = {name: round(statistics.median(x), 2) for name, x in
               (("memory_ratio", memory), ("time_ratio_raw", raw), ("time_ratio", scaled))}  # fmt: skip
-    last = runs[-1]
-    return {**case, "said_gb": round(last["said"]["anonymous_gb"], 2), "was_gb": last["was"]["anonymous_gb"],
-            "said_row_s": round(last["said"]["row_s"], 2), "was_row_s": last["was"]["row_s"], **middle,
-            "runs": runs}  # fmt: skip
+    shown = {f"{who}_{short}": round(statistics.median(run[who][name] for run in runs), 2)
+             for short, name in (("gb", "anonymous_gb"), ("row_s", "row_s")) for who in ("said", "was")}
+    return {**case, **shown, **middle, "runs": runs}
 
 
 def main(arguments: list[str]) -> int:

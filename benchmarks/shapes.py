@@ -45,9 +45,14 @@ def random_model(name: str, folder: Path, dtype: str | None = None) -> Path:
 
 
 def random_rows(tokens: int, learned: int, vocabulary: int, count: int = 4) -> list[Rendered]:
-    """Rows of exactly `tokens` random ids, the last `learned` of them learned."""
+    """Rows of random ids: the first of exactly `tokens`, the last `learned` of them learned; each next one shorter.
+
+    Three ids fewer, one of them learned: real rows differ too, and what a library keeps for each new size then shows.
+    """
     import random
 
-    ids = random.Random(0)
-    mask = [0] * (tokens - learned) + [1] * learned
-    return [Rendered([ids.randrange(10, vocabulary) for _ in range(tokens)], mask) for _ in range(count)]
+    ids, rows = random.Random(0), []
+    for row in range(count):
+        mask = [0] * (tokens - learned - 2 * row) + [1] * (learned - row)
+        rows.append(Rendered([ids.randrange(10, vocabulary) for _ in mask], mask))
+    return rows

@@ -6,8 +6,9 @@
     python benchmarks/train_speed.py --loss --rows 96          # validation loss after the same rows, three recipes
     python benchmarks/train_speed.py --compile --rows 48       # the course's way with torch.compile, against without
 
-Every measurement is a process of its own and they take turns, so that a slow minute of the machine hits both. The
-figure is the ratio of the medians; a step's time leaves loading and validation out. Writes benchmarks/records/*.json.
+Every measurement is a process of its own, and they take turns, the first of a pair in turn too, so that a slow minute
+of the machine hits both. All learn the same rows in the same order, and the same ones are timed. The figure is the
+median of the pairs' ratios; a step's time leaves loading and validation out. Writes benchmarks/records/*.json.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ def guide(model: str, train: list[Any], folder: Path, tuned: bool) -> tuple[Any,
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from stakelib.models import base_model
-    from stakelib.training.recipe import ALL_LINEAR, ATTENTION, Recipe
+    from stakelib.training.keep import row_order
+    from stakelib.training.recipe import ALL_LINEAR, ATTENTION, Recipe, rate_for
 
     net = AutoModelForCausalLM.from_pretrained(base_model(model).folder, dtype=torch.float32)
-    targets, rate = (ALL_LINEAR, Recipe().learning_rate) if tuned else (ATTENTION, 2e-5)
+    targets, rate = (ALL_LINEAR, rate_for(net.config, Recipe())) if tuned else (ATTENTION, 2e-5)
     net = get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules=list(targets), lora_dropout=0.05,
                                          bias="none", task_type="CAUSAL_LM"))
 
@@ -86,8 +88,9 @@ def guide(model: str, train: list[Any], folder: Path, tuned: bool) -> tuple[Any,
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
         learning_rate=rate, optim="adamw_torch", logging_steps=10, save_strategy="no", report_to="none", use_cpu=True,
-        disable_tqdm=True, remove_unused_columns=False, seed=7)  # fmt: skip
-    Trainer(net, arguments, train_dataset=train, data_collator=pad, callbacks=[clock]).train()
+        disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential", seed=7)  # fmt: skip
+    ordered = [train[i] for i in row_order(len(train), 1, Recipe().seed)]
+    Trainer(net, arguments, train_dataset=ordered, data_collator=pad, callbacks=[clock]).train()
     return net, clock.seconds, 8
 
 
@@ -134,7 +137,7 @@ def measure(system: str, model: str, count: int, loss: bool) -> dict[str, Any]:
         else:
             net, seconds, per_step = guide(model, train, Path(folder), system == "guide-tuned")
     timed = seconds[WARM_UP // per_step:]
-    found = {"rows_per_s": len(timed) * per_step / sum(timed), "all_s": sum(seconds), "peak_gb": memory.peak_mb / 1000,
+    found = {"rows_per_s": len(timed) * per_step / sum(timed), "all_s": sum(seconds), "peak_gb": memory.peak_mb / 1024,
              "fp32_gflops": before[0], "bf16_gflops": before[1],
              "tokens_per_row": sum(len(r.ids) for r in train) / len(train)}
     if loss:
@@ -143,6 +146,14 @@ def measure(system: str, model: str, count: int, loss: bool) -> dict[str, Any]:
             parts = [peft_backend.row_loss(net, peft_backend.collate([r])) for r in valid]
         found["valid_loss"] = float(sum(t for t, _ in parts)) / sum(n for _, n in parts)
     return found
+
+
+def instructions(capped: bool) -> str:
+    """What the matrix products used: "amx", "bf16" (AVX512-BF16) or "avx2"; where Linux does not tell, "all"."""
+    file = Path("/proc/cpuinfo")
+    flags = file.read_text(encoding="utf-8") if file.exists() and not capped else ""
+    known = (("amx_bf16", "amx"), ("avx512_bf16", "bf16"), ("avx2", "avx2"))
+    return "avx2" if capped else next((name for flag, name in known if flag in flags), "all")
 
 
 def main() -> None:
@@ -159,26 +170,30 @@ def main() -> None:
     if wanted.one:
         print("\n" + json.dumps(measure(wanted.one, wanted.model, wanted.rows, wanted.loss)))
         return
+    from stakelib import machine
+    from stakelib.training import RECIPES
+
     other = "compiled" if wanted.compile else "guide"
     systems, turns = (SYSTEMS[:3], 1) if wanted.loss else ((other, "course"), wanted.pairs)
     command = [sys.executable, __file__, "--model", wanted.model, "--rows", str(wanted.rows), *["--loss"] * wanted.loss]
     found: dict[str, list[dict[str, float]]] = {s: [] for s in systems}
     for turn in range(turns):
-        for system in systems:
+        for system in systems[:: -1 if turn % 2 else 1]:
             done = subprocess.run([*command, "--one", system], env={**os.environ, **(AVX2 if wanted.avx2 else {})},
                                   capture_output=True, encoding="utf-8")  # fmt: skip
             if done.returncode:
                 raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
             found[system].append(json.loads(done.stdout.strip().split("\n")[-1]))
             print(turn + 1, system, {k: round(v, 3) for k, v in found[system][-1].items()}, flush=True)
-    middle = {s: statistics.median(r["rows_per_s"] for r in rows) for s, rows in found.items()}
-    ratio = middle["course"] / middle[other]
-    print(f"{wanted.model}{' capped at AVX2' if wanted.avx2 else ''}: course {middle['course']:.2f} rows/s, {other} "
-          f"{middle[other]:.2f} rows/s, ratio {ratio:.2f}")
+    ratios = [a["rows_per_s"] / b["rows_per_s"] for a, b in zip(found["course"], found[other], strict=True)]
+    ratio = statistics.median(ratios)
+    print(f"{wanted.model}{' capped at AVX2' if wanted.avx2 else ''}: {ratio:.2f} times the rows a second of {other} "
+          f"(pairs: {', '.join(f'{r:.2f}' for r in ratios)})")
     what = "loss" if wanted.loss else "compile" if wanted.compile else "speed"
-    name = f"train-{what}-{wanted.model}{'-avx2' if wanted.avx2 else ''}.json"
+    name = f"train-{what}-{wanted.model}{f'-{instructions(wanted.avx2)}' if what == 'speed' else ''}.json"
     file = ROOT / "benchmarks" / "records" / name
-    file.write_text(json.dumps({"rows": wanted.rows, "ratio": round(ratio, 3), "runs": found}, indent=1) + "\n",
+    about = {"rows": wanted.rows, "processor": machine.describe()["processor"], "alpha": RECIPES["course"].alpha}
+    file.write_text(json.dumps({**about, "ratio": round(ratio, 3), "ratios": ratios, "runs": found}, indent=1) + "\n",
                     encoding="utf-8")
 
 
