@@ -66,6 +66,8 @@ class RowTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
         own = self.eval_dataset[self.args.process_index :: self.args.world_size]
+        if is_main():
+            print(f"training: validating on {len(self.eval_dataset)} rows, not counted in the time left", flush=True)
         with torch.inference_mode():
             parts = [row_loss(self.model, self._prepare_inputs(self.data_collator([row]))) for row in own]
         sums = torch.tensor([sum(float(t) for t, _ in parts), sum(n for _, n in parts)], dtype=torch.float64)
