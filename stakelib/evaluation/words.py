@@ -33,7 +33,7 @@ def _moving(metric: str, way: str) -> re.Pattern[str]:
     """A metric's name with a verb of that way: "coal of 40 MW falls" (not short), "the growth of peak demand"."""
     name, verb = (rf"\b(?:{part})\b" for part in (words()["names"][metric], words()[way]))
     gap, link = words()["gap"], words()["link"]
-    return re.compile(rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:of|in|short) )"
+    return re.compile(rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:of|in|short|behind|below) )"
                       rf"|{verb}(?: (?:{link})){{0,4}} {name}", re.I)
 
 
