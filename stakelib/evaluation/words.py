@@ -32,8 +32,8 @@ def _any(name: str) -> re.Pattern[str]:
 def _moving(metric: str, way: str) -> re.Pattern[str]:
     """A metric's name with a verb of that way: "coal of 40 MW falls" (not short), "the growth of peak demand"."""
     name, verb = (rf"\b(?:{part})\b" for part in (words()["names"][metric], words()[way]))
-    gap, link = words()["gap"], words()["link"]
-    return re.compile(rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:of|in|short|behind|below) )"
+    gap, link, no_move = words()["gap"], words()["link"], "of|in|short|behind|below"
+    return re.compile(rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:{no_move}) )"
                       rf"|{verb}(?: (?:{link})){{0,4}} {name}", re.I)
 
 
