@@ -247,7 +247,7 @@ coal. Faster growth of solar would help. Electricity demand grows."""
 def test_a_turned_direction_in_free_words_is_seen_three_times_in_four() -> None:
     """Sentences that were not made from the word lists: what the measure is worth on another model's wording."""
     wrong, right = (re.split(r"(?<=\.) ", " ".join(text.split())) for text in (FREE_AND_WRONG, FREE_AND_RIGHT))
-    assert len(wrong) == 28 and sum(bool(wrong_way(s, SERIES)) for s in wrong) >= 21
+    assert len(wrong) == 28 and sum(bool(wrong_way(s, SERIES)) for s in wrong) >= 22
     assert [s for s in right if wrong_way(s, SERIES)] == []
 
 

@@ -279,7 +279,7 @@ def test_what_is_off_by_default_works_when_it_is_switched_on(
         asked = {file.stem.removeprefix("answers-") for file in (folder / "evaluation").glob("answers-*.jsonl")}
         assert asked >= {"base", "tuned", "prompted", "tuned-q4"}
         again = (folder / "evaluation" / "answers-tuned.jsonl").read_text(encoding="utf-8").splitlines()
-        assert len(again) == 9 + 16 + 9  # its own, the general questions, the same in other words
+        assert len(again) == 9 + 16 + 9 + 9  # its own, the general questions, drawn, in other words
     else:
         assert len(list((folder / "voices-from-one").glob("*/models/*-lora"))) == 9
 
