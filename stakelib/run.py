@@ -354,7 +354,7 @@ class PeakMemory:
 
 
 class Progress:
-    """One plain line every few seconds with a rate and an ETA; the first within `every` seconds of the first tick."""
+    """Plain lines with a rate and an ETA: the first within `every` seconds of the first tick, later rarer, up to 60."""
 
     def __init__(
         self, what: str, total: int, unit: str, every: float = 10.0, say: Callable[[str], None] | None = None
@@ -379,12 +379,12 @@ class Progress:
             ended.set()
 
     def tick(self, done: int, note: str = "") -> None:
-        """Say where we are, if `every` seconds have passed since the last line or all is done."""
+        """Say where we are, if all is done or the last line is `every` seconds and a quarter of the time so far ago."""
         now = time.monotonic()
         if self.first_done is None:
             self.first_done, self.start = done, now  # work resumed from a checkpoint does not count as speed
         self.moved = done > self.first_done
-        if now - self.last < self.every and done < self.total:
+        if now - self.last < max(self.every, min((now - self.start) / 4, 60)) and done < self.total:
             return
         self.last = now
         rate = (done - self.first_done) / max(now - self.start, 1e-9)

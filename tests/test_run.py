@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -348,7 +349,16 @@ def test_progress_speaks_at_once_then_every_few_seconds_and_at_the_end(watch: Si
     assert watch.lines[0] == "training: 0/40 steps  loss 1.0"
     assert watch.lines[1] == "training: 5/40 steps, about 70 s left  loss 1.0"
     assert watch.lines[-1] == "training: 40/40 steps  loss 1.0"
-    assert len(watch.lines) == 9
+    assert len(watch.lines) == 8
+
+
+def test_an_hour_of_work_says_so_once_a_minute_and_not_three_hundred_times(watch: SimpleNamespace) -> None:
+    said: list[float] = []
+    progress = Progress("training", 1800, "steps", every=10, say=lambda line: said.append(watch.now))
+    for done in range(1801):
+        progress.tick(done)
+        watch.now += 2
+    assert len(said) < 80 and max(b - a for a, b in itertools.pairwise(said)) <= 62
 
 
 def test_work_of_an_earlier_run_does_not_count_as_speed(watch: SimpleNamespace) -> None:
