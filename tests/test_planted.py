@@ -215,6 +215,7 @@ PROMPT = """- Country: Kenya
     ("Renewables decline.", "If renewables decline, we leave."),
     ("Coal grows.", "Must coal grow?"),
     ("Higher emissions follow.", "We want higher emissions cuts."),
+    ("There will be a smaller share of renewables and fewer renewables.", "Fewer renewables would be a shame."),
 ])  # fmt: skip
 def test_a_rise_called_a_fall_is_seen(wrong: str, right: str) -> None:
     assert wrong_way(wrong, PROMPT) and not wrong_way(right, PROMPT)
@@ -233,8 +234,7 @@ rises. Peak demand is lower in 2040 than in 2030. Electricity demand declines. P
 Solar dwindles after 2030. Storage is halved by 2040. Jobs will decline by 2040. We see emissions
 climbing. A rise in emissions worries us. The growth of coal is plain. Falling solar capacity is a
 concern. Emissions are set to increase. The number of jobs slips. Peak demand eases. The renewable
-share shrinks. Solar capacity has been reduced. Coal expands. Demand drops. There will be fewer jobs
-in 2040. Less solar is planned in 2040. More coal comes by 2040. Batteries are scaled down.
+share shrinks. Solar capacity has been reduced. Coal expands. Demand drops. Less solar is planned in 2040. More coal comes by 2040. Batteries are scaled down.
 Emissions of 3.50 Mt CO2 in 2030 grow to 2040. Rising emissions undo the plan. The decline of the
 renewable share is steep."""
 FREE_AND_RIGHT = """Emissions fall to 2040. Coal capacity is going down. The share of renewables goes up. Coal use
@@ -247,7 +247,7 @@ coal. Faster growth of solar would help. Electricity demand grows."""
 def test_a_turned_direction_in_free_words_is_seen_three_times_in_four() -> None:
     """Sentences that were not made from the word lists: what the measure is worth on another model's wording."""
     wrong, right = (re.split(r"(?<=\.) ", " ".join(text.split())) for text in (FREE_AND_WRONG, FREE_AND_RIGHT))
-    assert len(wrong) == 28 and sum(bool(wrong_way(s, SERIES)) for s in wrong) >= 22
+    assert len(wrong) == 27 and sum(bool(wrong_way(s, SERIES)) for s in wrong) >= 21
     assert [s for s in right if wrong_way(s, SERIES)] == []
 
 
