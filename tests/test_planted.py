@@ -234,7 +234,8 @@ rises. Peak demand is lower in 2040 than in 2030. Electricity demand declines. P
 Solar dwindles after 2030. Storage is halved by 2040. Jobs will decline by 2040. We see emissions
 climbing. A rise in emissions worries us. The growth of coal is plain. Falling solar capacity is a
 concern. Emissions are set to increase. The number of jobs slips. Peak demand eases. The renewable
-share shrinks. Solar capacity has been reduced. Coal expands. Demand drops. Less solar is planned in 2040. More coal comes by 2040. Batteries are scaled down.
+share shrinks. Solar capacity has been reduced. Coal expands. Demand drops. Less solar
+is planned in 2040. More coal comes by 2040. Batteries are scaled down.
 Emissions of 3.50 Mt CO2 in 2030 grow to 2040. Rising emissions undo the plan. The decline of the
 renewable share is steep."""
 FREE_AND_RIGHT = """Emissions fall to 2040. Coal capacity is going down. The share of renewables goes up. Coal use
