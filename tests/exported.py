@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from stakelib.export import QUANTISATIONS, export, gguf_file, merge, quantise, to_gguf
 from stakelib.models import BaseModel, Rendered, base_model, load_tokenizer, load_weights, render
@@ -21,7 +22,7 @@ def some_rows(tokenizer: Any, who: str) -> list[Rendered]:
 
 
 def adapter_for(base: BaseModel, rows: list[Rendered], folder: Path, steps: int = 12) -> Path:
-    """A PEFT folder trained on `rows` until they are no surprise; with 0 steps every lora_B is still zero."""
+    """A PEFT folder trained on `rows` until they are little surprise; with 0 steps every lora_B is still zero."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -37,12 +38,20 @@ def adapter_for(base: BaseModel, rows: list[Rendered], folder: Path, steps: int 
     return folder
 
 
+def sure_of_itself(tiny: Path, copied: Path) -> None:
+    """A copy whose logits are eight times as far apart, so that no processor's rounding picks another token."""
+    shutil.copytree(tiny, copied)
+    weights = load_file(copied / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 7  # Gemma multiplies with 1 + this
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+
+
 def make(tiny: Path, place: Path) -> SimpleNamespace:
     """A run whose export is done, of a folder that is a copy of the tiny model: so its answers are judged too.
 
     Two adapters, the first of them exported; rows to measure; f16 and q8 files of the other adapter.
     """
-    shutil.copytree(tiny, place / "tiny-gemma")
+    sure_of_itself(tiny, place / "tiny-gemma")
     run = Run.open(place / "run", "smoke", str(place / "tiny-gemma"))
     base = base_model(run.profile.model)
     tokenizer = load_tokenizer(base.folder)
