@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +76,12 @@ def test_a_good_answer_has_no_fault() -> None:
     assert [found[k] for k in ("has_sections", "items_ok", "stopped", "cites_three")] == [True] * 4
     assert (found["numbers"], found["grounded"], found["grounded_share"], found["invented"]) == (3, 3, 1.0, [])
     assert not found["copied_prompt"] and found["repeated"] < 0.05 and found["missing"] == []
+
+
+def test_a_figure_in_a_name_is_none() -> None:
+    named = row(prompt=PROMPT.replace("Wind first", "50% Solar Now"))
+    found = score_answer(named, answer("We like 50% Solar Now."))
+    assert (found["numbers"], found["grounded"], found["grounded_share"], found["cites_three"]) == (0, 0, 0.0, False)
 
 
 def test_where_the_prompt_holds_one_figure_that_one_is_enough() -> None:
@@ -196,7 +203,7 @@ def test_wilson_against_a_worked_example_and_its_ends() -> None:
 
 def test_mcnemar_is_exact_and_paired() -> None:
     base, tuned = [False] * 8 + [True] * 22, [True] * 8 + [True] * 20 + [False] * 2
-    line = compare(scored(base, tuned), ["has_sections"]).iloc[0]
+    line = compare(scored(base, tuned, 1), ["has_sections"]).iloc[0]
     assert line["p"] == pytest.approx(2 * sum((1, 10, 45)) / 2**10)  # 8 against 2 discordant pairs, two-sided
     assert line["difference"] == pytest.approx(0.2) and line["verdict"] == "cannot tell"
 
@@ -288,6 +295,20 @@ def test_no_difference_is_rarely_called_one(many_worlds: None) -> None:
     assert wrong <= 3
 
 
+def test_many_measures_and_shared_luck_hardly_ever_make_a_difference() -> None:
+    """40 scenarios x 9 prompts, nine yes/no measures, luck per scenario and system: 1 world in 20 has any verdict."""
+    rng, names = np.random.default_rng(6), [k for k, m in MEASURES.items() if m.kind == "yes/no"][:9]
+    wrong = alone = 0
+    for _ in range(40):
+        values = (rng.random((2, 40, 9, 9)) < rng.beta(2, 2, (2, 40, 1, 9))).reshape(2, 360, 9)
+        table = scored([False] * 360, [False] * 360, 9).drop(columns="has_sections")
+        found = compare(table.assign(**dict(zip(names, values.reshape(720, 9).T, strict=True))), names)
+        wrong += (found["verdict"] != "cannot tell").any()
+        alone += any(binomtest(int(up), int(up + down)).pvalue < 0.05 / 9 for up, down in zip(
+            (values[1] & ~values[0]).sum(0), (values[0] & ~values[1]).sum(0), strict=True))
+    assert len(names) == 9 and wrong <= 5 < alone, (wrong, alone)  # the twin: McNemar alone, after Holm
+
+
 def test_smallest_visible_difference_shrinks_and_matches_simulation() -> None:
     assert smallest_visible_difference(20) > smallest_visible_difference(45) > smallest_visible_difference(400) > 0.05
     assert smallest_visible_difference(4) == 1.0
@@ -306,6 +327,8 @@ def test_compare_names_the_system_that_has_no_answers() -> None:
     alone = scored([True] * 4, [True] * 4).query("system == 'tuned'")
     with pytest.raises(CourseError, match="'base'"):
         compare(alone)
+    with pytest.raises(CourseError, match="no row has perplexity"):
+        compare(scored([True], [True]).assign(perplexity=float("nan")), ["perplexity"])
 
 
 def test_by_stakeholder_counts_each_system() -> None:
@@ -359,7 +382,9 @@ def test_answers_come_in_row_order_and_are_not_asked_twice(run: SimpleNamespace)
     assert ask(run, engine, rows[::-1]) == first[::-1] and engine.asked == 5
 
 
-def test_other_settings_prompts_or_weights_are_asked_afresh(run: SimpleNamespace) -> None:
+def test_other_settings_prompts_weights_or_engines_are_asked_afresh(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, engine = [row(i, prompt=f"p{i}") for i in range(2)], FakeEngine()
     ask(run, engine, rows)
     ask(run, engine, rows, max_new_tokens=9)
@@ -369,6 +394,9 @@ def test_other_settings_prompts_or_weights_are_asked_afresh(run: SimpleNamespace
     assert engine.asked == 6
     ask(run, engine, [*rows, row(7, prompt="new")])
     assert engine.asked == 7
+    monkeypatch.setattr(sys.modules["stakelib.evaluation.answers"], "version", lambda _: "another engine")
+    ask(run, engine, rows)
+    assert engine.asked == 9
 
 
 def test_a_killed_run_asks_only_what_is_missing(run: SimpleNamespace) -> None:
@@ -399,6 +427,10 @@ def test_damage_in_the_middle_is_reported_not_skipped(run: SimpleNamespace) -> N
     file.write_text("rubbish\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(CourseError, match="line 1"):
         ask(run, FakeEngine(), [row(0, prompt="a")])
+    file.write_bytes(b'{"key": "\xff"}\n' + file.read_bytes())
+    with pytest.raises(CourseError) as problem:
+        ask(run, FakeEngine(), [row(0, prompt="a")])
+    assert [p.split(" is")[0] for p in problem.value.problems] == [f"{file.name} line {n}" for n in (1, 2)]
 
 
 def test_progress_tells_how_far(run: SimpleNamespace) -> None:

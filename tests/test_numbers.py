@@ -51,6 +51,9 @@ PROMPT = """**Scenario Context**:
         "Investment of 2,850 million USD by 2030",
         "solar and wind make 39.5% of capacity in 2030",
         "We back 50% Wind Path 2035 with 64% renewables.",
+        "more than 80% renewables in 2040",
+        "over 380 MW of solar in 2030",
+        "nearly 390 MW of solar in 2030",
     ],
 )
 def test_grounded(text: str) -> None:
@@ -88,6 +91,14 @@ def test_grounded(text: str) -> None:
         ("one in 836 ha of storage costs 533", "wrong unit"),
         ("between 300 and 385 MW of solar", "not in the prompt"),
         ("emissions tripled", "not in the prompt"),
+        ("It creates 2000 permanent jobs.", "not in the prompt"),
+        ("light for 2050 families", "not in the prompt"),
+        ("1950 hectares of land", "not in the prompt"),
+        ("2000 megawatts of solar", "not in the prompt"),
+        ("an investment of 1950 million dollars", "not in the prompt"),
+        ("more than 70% renewables in 2030", "not in the prompt"),
+        ("over 390 MW of solar in 2030", "not in the prompt"),
+        ("nearly 900 MW of solar in 2040", "not in the prompt"),
     ],
 )
 def test_not_grounded(text: str, reason: str) -> None:
@@ -100,7 +111,8 @@ CHANGES = "- Peak Demand: 1,020 MW (2030), 1,320 MW (2040)\n- Solar Capacity: 38
 
 @pytest.mark.parametrize(("right", "wrong"), [
     ("about 900 MW of solar in 2040", "about 500 MW of solar in 2040"),
-    ("nearly 80% renewables in 2040", "nearly 100% renewables in 2040"),
+    ("about 80% renewables in 2040", "nearly 80% renewables in 2040"),
+    ("nearly 400 MW of solar in 2030", "nearly 100% renewables in 2040"),
     ("Peak demand rises by 300 MW.", "Storage rises by 300 MW."),
     ("Solar grows by 535 MW.", "Storage of 535 MW is more than we need."),
     ("Peak demand grows by 29.4%.", "Peak demand grows to 29.4%."),
@@ -120,6 +132,7 @@ def test_hedges_changes_and_two_years_do_not_hide_a_wrong_figure(right: str, wro
         "Supply 24/7 under SDG7, SDG 7, N-1 and CASA-1000.",
         "CO2 and 1.5 °C",
         "By 2030 and in the 2040s.",
+        "By 2040 workers will see it, and in 2030 people pay.",
         "1. First point",
         "One day, one of us asked two key questions.",
         "on the one hand",

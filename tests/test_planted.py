@@ -266,6 +266,12 @@ def test_a_claim_without_data_is_seen(wrong: str, right: str, word: str) -> None
     assert unfounded(wrong, PROMPT) == [word] and unfounded(right, PROMPT) == []
 
 
+def test_the_tips_end_where_their_list_ends() -> None:
+    tips = "**Engagement Tips**:\n\n- Bring gas data.\n2. Show coal falling.\n"
+    assert unfounded(tips, PROMPT) == []
+    assert unfounded(tips + "\nThe gas fleet stays.", PROMPT) == ["gas"]
+
+
 def test_a_name_is_no_claim() -> None:
     bare = PROMPT.replace("- Coal Capacity: 400 MW (2030), 100 MW (2040)\n", "")
     assert unfounded("We like Coal Farewell.", bare) == [] and unfounded("We like coal.", bare.replace("Coal", "Sun"))

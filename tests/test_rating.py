@@ -72,6 +72,8 @@ def test_a_line_cut_by_a_kill_goes_and_other_broken_lines_are_all_listed(tmp_pat
     one.vote("r7", "accuracy", "same")
     assert len(read_votes(file)) == 8
     other = whole.split("\n")[0].replace('"accuracy"', '"beauty"')
+    file.write_text(whole.rstrip("\n"), encoding="utf-8")  # as some editors leave it
+    assert len(read_votes(file)) == 8 and file.read_text(encoding="utf-8") == whole
     file.write_text(f"no json\n{whole}{other}\n", encoding="utf-8")
     with pytest.raises(CourseError) as problem:
         rating(tmp_path)

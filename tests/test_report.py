@@ -14,7 +14,7 @@ from test_evaluation import GOOD, PROMPT, answer, row
 
 from stakelib import plots
 from stakelib.evaluation import Rating, compare, report, score
-from stakelib.evaluation.claims import UNKNOWN
+from stakelib.evaluation.claims import UNKNOWN, claims
 from stakelib.evaluation.report import NOT_MEASURED, faults, finite, marked, verdict, worst
 from stakelib.run import clock
 from stakelib.scenarios import sample
@@ -28,7 +28,8 @@ def material(name: str = "Wind first") -> tuple[list[dict], list[dict]]:
         row(i, f"s{i // 2}", stakeholder=WHO[i % 2], scenario=name, prompt=PROMPT.replace("Wind first", name))
         for i in range(12)
     ]
-    said = [answer("" if i else HOSTILE, i, "base", stopped=False) for i in range(12)]
+    one = HOSTILE + " Renewables reach 64.2% by 2030."
+    said = [answer("" if i else one, i, "base", stopped=False) for i in range(12)]
     said += [answer(GOOD.replace("64.2%", "99.9%") if i == 3 else GOOD, i, "tuned") for i in range(12)]
     return rows, said
 
@@ -166,7 +167,10 @@ def test_the_verdict_says_what_the_numbers_say(made: tuple) -> None:
     assert "on no measure clearly better" in verdict(dull)[0] and "clearly worse on none" in verdict(dull)[0]
     assert f"{facts['prompts']} prompts" in " ".join(verdict(dull)) and "only people can say" in verdict(dull)[-1]
     assert len(facts["verdict"]) == 5
-    assert "35 of 36 are as the prompt has them; of the base model's, 4 of 4" in facts["verdict"][1]
+    fewer = [{**c, "n": 16 if c["measure"] == "has_sections" else c["n"]} for c in dull["comparison"]]
+    said = [verdict({**dull, "comparison": lines})[3] for lines in (dull["comparison"], fewer)]
+    assert ["all five sections" in text for text in said] == [True, False]
+    assert "35 of 36 are as the prompt has them; of the base model's, 1 of 1" in facts["verdict"][1]
     assert "accuracy 24 against 0" in facts["verdict"][-1]
     assert "Nobody has rated" in verdict({**facts, "people": []})[-1]
 
@@ -194,6 +198,9 @@ def test_every_figure_of_the_guide_stands_beside_ours_or_reads_not_measured(made
     mac = {**RECORD, "machine": {"processor": "Apple M1"}}
     there = {(c["about"], c["where"]): c["ours"] for c in make(tmp_path, record=mac)[1]["guide"]}
     assert there["Training, 500 examples", "M1"].startswith("61 s") and there["Training, 500 examples", "i7"] == UNKNOWN
+    elsewhere = [{"system": "tuned", "seconds": 9.0, "new_tokens": 99, "processor": "Intel i7"}]
+    told = claims(mac, "tiny", elsewhere, [], [])
+    assert {c["ours"] for c in told if c["about"].startswith("One answer")} == {UNKNOWN}
     bare = make(tmp_path / "bare", record={})[1]["guide"]
     assert all(c["ours"] == UNKNOWN for c in bare if not c["about"].startswith(("One answer", "Acc", "Spec")))
     assert all(f"<td>{c['guide'] or '–'}</td>" in made[0] for c in made[1]["guide"])

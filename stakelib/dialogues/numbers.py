@@ -14,12 +14,9 @@ from importlib.resources import files
 import yaml
 
 DATA = yaml.safe_load(files(__package__).joinpath("numbers.yaml").read_text(encoding="utf-8"))
-NOT_FIGURES = re.compile(
-    r"24/7|24-hour|\b\d+(?:st|nd|rd|th)\b|\bSDG ?\d+|\b[A-Za-z]+-\d+\b|\b1\.5 ?(?:°C?|degrees?)|\bCOP ?\d+"
-    r"|\b(?:Article|Scope|Phase|Option|Tier) \d+"
-    r"|^\s*(?:[-*] )?\d{1,2}[.)](?=\s)|\bone[- ](?:another|by one|off|sided|stop|way)\b", re.I | re.M)
-YEAR = re.compile(r"(?<![\w$.,])(?:19|20)\d\d(?:s\b|(?![\d,]*\d|\.\d|\w|"
-                  r"\s*(?:%|per ?cent\b|[MG]Wh?\b|jobs\b|ha\b|Mt\b)))")
+NOT_FIGURES = re.compile(DATA["no_figures"], re.I | re.M)
+YEAR = re.compile(r"(?i)(?<![\w$.,])(?:19|20)\d\d(?:s\b|(?![\d,]*\d|\.\d|\w|\s*(?:" + DATA["quantity"] + "))"
+                  r"(?:(?<=\b(?:in|by) \d{4})|(?<=\b(?:since|until|after) \d{4})|(?!\s*(?:" + DATA["counted"] + "))))")
 
 _ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen")
@@ -35,25 +32,16 @@ PARTS = re.compile(r"\b(?:(?P<many>two|three|four)[- ](?P<parts>thirds|quarters|
 TIMES = re.compile(r"\b(?:(?:doubl|tripl|quadrupl)(?:e|es|ed|ing)(?![- ](?:count|check|dividend|digit))"
                    r"|(?:two|three|four|five|ten)-?fold\b|twice(?= (?:as|the)))", re.I)
 SCALE = r"(?:\s*(?P<scale>thousand|million|billion|trillion|bn|mn|[kMB](?![A-Za-z])))?"
-UNIT = (r"(?:\s*-?(?P<unit>%|percent(?:age points?)?|per cent|points\b|[kMGT]Wh?\b|"
-        r"(?:kilo|mega|giga|tera)watt(?:[- ]hour)?s?|[Mk]t(?: of)? ?CO2\w*|Mt\b|kt\b|t CO2|tonnes?(?: of CO2)?|tons?\b|"
-        r"hectares?|ha\b|km2?\b|m\$|US dollars?|dollars?|"
-        r"USD|years?\b|months?\b|days?\b|hours?\b|people\b|households\b|homes\b|families\b|"
-        r"(?:[a-z-]+ ){0,2}?(?:jobs?|posts?|workers?|positions?|job-years)\b))?")
+UNIT = rf"(?:\s*-?(?P<unit>{DATA['unit']}))?"
 NUMBER = re.compile(r"(?P<money>\$|US\$|USD ?)?(?P<digits>(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
                     rf"{SCALE}{UNIT}", re.I)
 SPELLED = re.compile(rf"\b(?P<words>{WORDS})\b{UNIT}", re.I)
 RATE = re.compile(r"(?:\s*(?:of )?(?:USD|dollars))?\s*"
                   r"(?:(?:per|a|each|every) year|annually|per annum|yearly|/ ?(?:yr|year))", re.I)
-TALK = re.compile(r"\s+(?:\w+\s)?(?:main|key|big|points?|things?|concerns?|questions?|ways?|sides?|reasons?|areas?|"
-                  r"issues?|factors?|aspects?|steps?|priorities|goals?|of|and the same|day|voice|page|clear|place)\b",
-                  re.I)
-HEDGE = re.compile(r"\b(?:about|around|roughly|nearly|almost|some|over|approximately|close to|just under|more than)"
-                   r"\s+\$?$", re.I)
-
-CHANGE = re.compile(r"\b(?:ris\w+|rose|increas\w+|gr[oe]w\w*|gain\w*|climb\w*|jump\w*|up|more|extra|additional|"
-                    r"f[ae]ll\w*|drop\w*|declin\w+|decreas\w+|reduc\w+|down|less|fewer|difference|change\w*|points)\b",
-                    re.I)
+TALK = re.compile(DATA["talk"], re.I)
+HEDGE = re.compile(r"\b(?:about|around|roughly|some|approximately|close to|(?P<under>nearly|almost|just under)"
+                   r"|(?P<over>over|more than))\s+\$?$", re.I)
+CHANGE = re.compile(DATA["change"], re.I)
 
 _COMPILED = {unit: [(re.compile(rf"\b(?:{p})\b", re.I), m) for p, m in rows] for unit, rows in DATA["keywords"].items()}
 ATTACHED = re.compile(r"\s*(?:(?:of|in|from|for|as)\s)?"
@@ -74,6 +62,7 @@ class Mention:
     end: int
     text: str
     step: float = 0.0  # half of the last printed digit, in `unit`
+    bound: int = 0  # 1 after "more than": no less will do; -1 after "nearly": no more
 
 
 @dataclass(frozen=True)
@@ -111,11 +100,14 @@ def _digits(match: re.Match[str]) -> Mention | None:
     unit, factor = _unit(match["unit"], match["money"])
     step = 0.5 * 10.0 ** -places
     before = match.string[max(0, match.start() - 16):match.start()]
-    if HEDGE.search(before) and not places and value:
+    hedge = HEDGE.search(before)
+    bound = bool(hedge and hedge["over"]) - bool(hedge and hedge["under"])
+    if hedge and not places and value:
         step = 0.5 * 10.0 ** (len(digits.replace(",", "")) - len(digits.replace(",", "").rstrip("0")))
         step = min(step, max(0.5, 0.05 * value))  # "nearly 100" is not 60
     text, factor = match.group().strip(), scale * factor
-    return Mention(value * factor, unit, None, None, match.start(), match.start() + len(text), text, step * factor)
+    end = match.start() + len(text)
+    return Mention(value * factor, unit, None, None, match.start(), end, text, step * factor, bound)
 
 
 def _spelled(match: re.Match[str]) -> Mention | None:
@@ -274,7 +266,8 @@ def _changes(held: list[Mention]) -> list[Mention]:
 
 def _miss(mention: Mention, held: list[Mention]) -> Miss | None:
     near = sorted(held, key=lambda h: (h.unit != mention.unit, abs(h.value - mention.value)))
-    same = [h for h in held if abs(h.value - mention.value) <= max(mention.step, h.step * 1e-6) * 1.000001]
+    same = [h for h in held if abs(h.value - mention.value) <= max(mention.step, h.step * 1e-6) * 1.000001
+            and (h.value - mention.value) * mention.bound >= 0]
     unit = [h for h in same if h.unit == mention.unit]
     metric = [h for h in unit if None in (h.metric, mention.metric) or h.metric == mention.metric]
     year = [h for h in metric if None in (h.year, mention.year) or h.year == mention.year]

@@ -6,9 +6,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from stakelib.machine import describe
 from stakelib.run import CourseError, Progress, atomic_write_text, sha256
 
 
@@ -32,14 +34,14 @@ def answers(
     With `voices`, one for each row, that voice's file of `adapters` answers, laid over the GGUF by the engine.
 
     Finished answers are appended to evaluation/answers-<system>.jsonl under a key made of the file's sha256, the
-    prompt and the settings: a killed run asks only what is missing, and a changed model file is asked afresh.
+    engine's version, the prompt and the settings: a killed run asks only what is missing, a changed model everything.
     Raises CourseError when the saved file is damaged anywhere but in its last line, or an answer never came.
     """
     gguf_path = Path(gguf_path)
     file = run.path("evaluation", f"answers-{system}.jsonl")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings |= {"top_p": top_p} if temperature else {}  # greedy has none
-    made_with = json.dumps([sha256(gguf_path), settings], sort_keys=True)
+    made_with = json.dumps([sha256(gguf_path), version("xllamacpp"), settings], sort_keys=True)
     laid = {who: "\n" + sha256(file) for who, file in (adapters or {}).items()}
     over = [laid[who] for who in voices] if voices else [""] * len(rows)
     asked = [f"{made_with}\n{row['prompt']}{adapter}" for row, adapter in zip(rows, over, strict=True)]
@@ -49,7 +51,7 @@ def answers(
     if missing:
         if engine_factory is None:
             from stakelib.models import engine as engine_factory
-        about = {"system": system, "gguf": gguf_path.name}
+        about = {"system": system, "gguf": gguf_path.name, "processor": describe()["processor"]}
         with engine_factory(gguf_path) as engine, file.open("a", encoding="utf-8", newline="\n") as out:
             more = {"voices": [of[key] for key in missing]} if voices else {}
             replies = engine.ask([row["prompt"] for row in missing.values()], **settings, **more)
@@ -82,9 +84,8 @@ def _saved(file: Path) -> dict[str, dict[str, Any]]:
         file.parent.mkdir(parents=True, exist_ok=True)
         return {}
     whole, _, torn = file.read_bytes().rpartition(b"\n")
-    text = whole.decode("utf-8")
     found, problems = {}, []
-    for number, line in enumerate(text.split("\n") if text else [], start=1):
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             answer = json.loads(line)
             found[answer["key"]] = answer
@@ -93,5 +94,5 @@ def _saved(file: Path) -> dict[str, dict[str, Any]]:
     if problems:
         raise CourseError(problems, f"delete {file} and run this cell again; every prompt is then asked afresh")
     if torn:
-        atomic_write_text(file, text + "\n" if text else "")
+        atomic_write_text(file, whole.decode("utf-8") + "\n" if whole else "")
     return found

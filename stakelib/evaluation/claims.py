@@ -20,9 +20,10 @@ def claims(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str,
 
     `record`: the run's; `comparison`: lines of `compare`; `people`: lines of `preferences`.
     """
-    found = {**_costs(record, model, answers), **{p["criterion"]: people_say(p) for p in people}}
-    checks = {c["measure"]: check_says(c) for c in comparison}
     here, lines = (record.get("machine") or {}).get("processor", ""), []
+    own = [a for a in answers if a.get("processor", here) == here]  # a run may have been carried to another computer
+    found = {**_costs(record, model, own), **{p["criterion"]: people_say(p) for p in people}}
+    checks = {c["measure"]: check_says(c) for c in comparison}
     for claim in json.loads(files(__package__).joinpath("claims.json").read_text(encoding="utf-8")):
         ours = [found.get(claim["ours"]), *(checks.get(name) for name in claim.get("checks", []))]
         elsewhere = MACHINES.get(claim["where"], here) not in here

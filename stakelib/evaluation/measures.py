@@ -12,7 +12,7 @@ import yaml
 
 from stakelib.dialogues.check import ECHO
 from stakelib.dialogues.classifier import heard
-from stakelib.dialogues.numbers import mentions, ungrounded
+from stakelib.dialogues.numbers import mentions, ungrounded, without_names
 from stakelib.evaluation.words import (
     agreement,
     distinct_pairs,
@@ -95,7 +95,8 @@ def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
     on; `wrong_way`: phrases that call a rise a fall or the other way round.
     """
     text, prompt = answer["text"], row["prompt"]
-    parts, told, some = sections(text), mentions(text), bool(text.strip())
+    told, held = (mentions(without_names(part, prompt)) for part in (text, prompt))
+    parts, some = sections(text), bool(text.strip())
     bodies = dict(parts)
     misses = ungrounded(text, prompt, derived=True)
     wrong = {miss.mention.start for miss in misses}
@@ -108,7 +109,7 @@ def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
         "has_sections": [name for name, _ in parts] == HEADINGS and all(bodies.values()),
         "items_ok": all(low <= items[name] <= high for name, (low, high) in ITEMS.items()),
         "stopped": bool(answer["stopped"]) and some,
-        "cites_three": some and different(right) >= min(3, different(mentions(prompt))),
+        "cites_three": some and different(right) >= min(3, different(held)),
         "grounded_share": len(right) / len(told) if told else 0.0,
         "keeps_to_data": some and not claims,
         "right_direction": some and not turned,

@@ -108,10 +108,14 @@ class Rating:
 
 
 def read_votes(file: Path) -> list[Vote]:
-    """A rater's votes in the order given. A last line cut by a kill goes; CourseError lists every other broken line."""
+    """A rater's votes in the order given. A last vote cut by a kill goes, one that only lacks its newline stays.
+
+    Raises CourseError that lists every other broken line.
+    """
     data = file.read_bytes() if file.exists() else b""
     if not data.endswith(b"\n") and data:
-        atomic_write_text(file, data[: data.rfind(b"\n") + 1].decode("utf-8"))
+        whole = data + b"\n" if data.endswith(b"}") else data[: data.rfind(b"\n") + 1]
+        atomic_write_text(file, whole.decode("utf-8"))
     mend = f"mend these lines of {file}, or move the file away to rate again."
     return read_lines(Vote, file, mend) if data else []
 

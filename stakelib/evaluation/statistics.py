@@ -116,12 +116,11 @@ def _compare_one(first: np.ndarray, second: np.ndarray, clusters: Sequence[Any],
         d_low, d_high = newcombe(first, second, clusters)
         low[2], high[2] = np.fmin(low[2], d_low), np.fmax(high[2], d_high)  # whichever is wider
         low, high = np.maximum(low, [0, 0, -1]), np.minimum(high, [1, 1, 1])
+    tail = min((draws[:, 2] <= 0).sum(), (draws[:, 2] >= 0).sum())
+    p = float(min(1.0, 2 * (tail + 1) / (DRAWS + 1))) if np.isfinite(draws).all() else 1.0
     if kind == "yes/no":
         table = [[np.sum((first == i) & (second == j)) for j in (1, 0)] for i in (1, 0)]
-        p = float(mcnemar(table, exact=True).pvalue)
-    else:
-        tail = min((draws[:, 2] <= 0).sum(), (draws[:, 2] >= 0).sum())
-        p = float(min(1.0, 2 * (tail + 1) / (DRAWS + 1))) if np.isfinite(draws).all() else 1.0
+        p = max(p, float(mcnemar(table, exact=True).pvalue))  # which takes answers about one scenario for separate ones
     line = {"n": len(first), "scenarios": len(set(clusters))}
     for i, (name, value) in enumerate(zip((*names, "difference"), (first, second, second - first), strict=True)):
         line |= {name: float(value.mean()), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
@@ -132,8 +131,8 @@ def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
             pair: tuple[str, str] = ("base", "tuned")) -> pd.DataFrame:
     """The first system of `pair` against the second, paired by row: one line per measure that both have.
 
-    Columns carry the systems' names; values as 0-1 (yes/no, share) or in their own unit. p: exact McNemar for yes/no,
-    bootstrap clustered by scenario otherwise; p_holm: corrected over all judged measures.
+    Columns carry the systems' names; values as 0-1 (yes/no, share) or in their own unit. p: bootstrap clustered by
+    scenario, for yes/no exact McNemar where that is larger; p_holm: corrected over all judged measures.
     verdict on the second: "better" or "worse" only if p_holm < 0.05 and the interval of the difference leaves out 0.
     """
     import pandas as pd
@@ -150,6 +149,8 @@ def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
             found = _compare_one(*values, list(wide.index.get_level_values("scenario_id")), about.kind, pair)
             lines.append({"measure": name, "label": about.label, "kind": about.kind, "unit": about.unit,
                           "direction": about.direction, **found})  # fmt: skip
+    if not lines:
+        raise CourseError(f"no row has {', '.join(measures or MEASURES)} of both systems", "score() them first")
     return _judged(pd.DataFrame(lines))
 
 

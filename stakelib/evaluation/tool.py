@@ -181,7 +181,8 @@ def accepted_share(table: pd.DataFrame) -> pd.DataFrame:
         measures = {
             "JSON accepted, short": good & (rows["form"] == "short"),
             "JSON accepted, full": good & (rows["form"] == "full"), "points kept": rows["kept"],
-            "every figure from the prompt": rows["grounded"], "free of echo": ~rows["echo"],
+            "every figure from the prompt": rows["grounded"],
+            "free of echo": ~rows["echo"] & (rows["text"].str.strip() != ""),
             "accepted within 3 s": good & rows["in_time"]}
         if task == "voice":
             measures = {"voice passes the echo filter": good, "voice of 2-3 sentences, figures right": kept}

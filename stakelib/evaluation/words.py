@@ -14,7 +14,7 @@ from stakelib.dialogues.check import absent
 from stakelib.dialogues.numbers import Mention, mentions, without_names
 from stakelib.voices import STAKEHOLDERS
 
-TIPS = re.compile(r"^\W*Engagement Tips\b.*\Z", re.M | re.S)
+TIPS = re.compile(r"^\W*Engagement Tips\b.*\n*(?:[ \t]*(?:[-*•]|\d+[.)]).*\n?)*", re.M)  # heading and list
 
 
 @functools.cache
