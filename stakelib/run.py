@@ -44,16 +44,16 @@ def writing(path: Path) -> Iterator[Path]:
         if part.is_dir():
             old = part.with_suffix(".old")
             if path.exists():
-                path.rename(old)
+                move(path, old)
             try:
-                part.rename(path)
+                move(part, path)
             except OSError:  # Windows: another program holds a file in it; the old folder goes back to its place
                 if old.exists():
-                    old.rename(path)
+                    move(old, path)
                 raise
             shutil.rmtree(old, ignore_errors=True)
         else:
-            _replace(part, path)
+            move(part, path)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -69,7 +69,7 @@ def _hidden(path: Path) -> Path:
 def discard(folder: Path) -> None:
     """Remove a folder that another process may look for: hidden first, so that no half of it is ever seen."""
     hidden = _hidden(folder)
-    folder.rename(hidden)
+    move(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -89,19 +89,20 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _replace(part: Path, path: Path) -> None:
-    """os.replace; on Windows a reader or a virus scanner may hold the old file for a moment."""
+def move(source: Path, target: Path) -> None:
+    """os.replace; on Windows a reader or a virus scanner may hold a file, or one in the folder, for a moment."""
     for _ in range(20):
         with contextlib.suppress(PermissionError):
-            return os.replace(part, path)
+            return os.replace(source, target)
         time.sleep(0.05)
-    return os.replace(part, path)
+    return os.replace(source, target)
 
 
 def atomic_write_text(path: Path, text: str) -> Path:
-    """Write `text` (UTF-8, LF) so that a reader sees the old file or the new one, never half of it."""
-    with writing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+    """Write `text` (UTF-8) so that a reader sees the old file or the new one, never half, after a power cut too."""
+    with writing(path) as part, part.open("wb", buffering=0) as stream:
+        stream.write(text.encode("utf-8"))
+        os.fsync(stream.fileno())
     return Path(path)
 
 
@@ -195,18 +196,18 @@ class Run:
 
     def remember(self, **facts: Any) -> None:
         """Put facts (the machine, the base model) into the record."""
+        self._take_in()
         self.record.update(facts)
         if is_main():
             atomic_write_json(self.path("run.json"), self.record)
 
-    def stage(
-        self,
-        name: str,
-        settings: dict[str, Any],
-        inputs: Iterable[Path],
-        outputs: Iterable[Path],
-        work: Callable[[], dict[str, Any]],
-    ) -> dict[str, Any]:
+    def _take_in(self) -> None:
+        """Stages that another notebook or process has finished since run.json was read are neither redone nor lost."""
+        if (file := self.folder / "run.json").exists():
+            self.record["stages"] |= json.loads(file.read_text(encoding="utf-8"))["stages"]
+
+    def stage(self, name: str, settings: dict[str, Any], inputs: Iterable[Path], outputs: Iterable[Path],
+              work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run `work()` unless the record shows these outputs made from the same settings and inputs.
 
         `work` returns the JSON-able result that a later, skipped call gives back. Outputs are checked against their
@@ -214,14 +215,13 @@ class Run:
         go into the record; a helper process only works. Raises CourseError if an input is missing or `work` did not
         leave an output.
         """
-        missing = [f"{self._name(p)} is missing" for p in inputs if not Path(p).exists()]
-        if missing:
+        if missing := [f"{self._name(p)} is missing" for p in inputs if not Path(p).exists()]:
             raise CourseError(missing, f"run the notebook before this one first (stage '{name}' needs these files)")
+        self._take_in()
         wanted = self._wanted(settings, inputs)
         if saved := self.finished(name, settings, inputs, outputs):
-            print(
-                f"{name}: up to date (made {saved['finished']} in {saved['seconds']:.0f} s), nothing to do", flush=True
-            )
+            told = f"up to date (made {saved['finished']} in {saved['seconds']:.0f} s), nothing to do"
+            print(f"{name}: {told}", flush=True)
             return saved["result"]
         self.record["stages"].pop(name, None)
         if not is_main():
@@ -232,6 +232,7 @@ class Run:
         absent = [f"{self._name(p)} was not written" for p in outputs if not Path(p).exists()]
         if absent:
             raise CourseError(absent, f"run stage '{name}' again; if it happens twice, please report it")
+        self._take_in()
         self.record["stages"][name] = {
             **wanted,
             "outputs": {self._name(p): {"sha256": sha256(p), "bytes": size(p)} for p in outputs},
@@ -243,9 +244,8 @@ class Run:
         atomic_write_json(self.path("run.json"), self.record)
         return self.record["stages"][name]["result"]
 
-    def finished(
-        self, name: str, settings: dict[str, Any], inputs: Iterable[Path], outputs: Iterable[Path]
-    ) -> dict[str, Any] | None:
+    def finished(self, name: str, settings: dict[str, Any], inputs: Iterable[Path],
+                 outputs: Iterable[Path]) -> dict[str, Any] | None:
         """The record of stage `name` if it made these outputs, unchanged since, of the same settings and inputs."""
         saved = self.record["stages"].get(name)
         if not saved or not all(Path(p).exists() for p in inputs):

@@ -114,6 +114,11 @@ def test_memory_grows_with_what_it_should_and_shrinks_with_what_it_should() -> N
     assert base["weights"] > 2 * peaks["int8"]["weights"] > 2 * peaks["nf4"]["weights"]
     assert base["activations"] > 10 * peaks["nf4"]["activations"]
     assert peaks["int8"]["activations"] > 5 * peaks["nf4"]["activations"]  # bitsandbytes keeps what enters its matrices
+    words = base["weights"]
+    config.tie_word_embeddings = False  # the output layer is then a matrix of its own
+    own = memory(config, COURSE, 704, 352)["weights"] - words
+    assert own == pytest.approx(4 * config.vocab_size * config.hidden_size / 2**30)
+    config.tie_word_embeddings = True
     assert memory(config, COURSE, 1408, 352)["activations"] == pytest.approx(2 * base["activations"])
     assert memory(config, replace(COURSE, precision=FULL), 704, 352)["learning"] > 25  # GB: gradient and two moments
     half, whole = (memory(config, replace(COURSE, precision="bfloat16", layers=n), 650, 352) for n in (0.5, None))

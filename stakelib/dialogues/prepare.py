@@ -87,9 +87,4 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, enhance: i
         return {"gates": gates, "rows": {part: sum(r.split == part for r in rows) for part in PARTS},
                 "reviewed": reviewed}
 
-    before = run.record["stages"].get("data")
-    try:
-        return run.stage("data", settings, [base.folder / "source.json", *edits], outputs, work)
-    except CourseError:
-        run.record["stages"] |= {"data": before} if before else {}  # mend the row and call again, in the same notebook
-        raise
+    return run.stage("data", settings, [base.folder / "source.json", *edits], outputs, work)

@@ -63,7 +63,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
         settings["backend"] = backend = next(made, own)
 
     def checkpoints() -> Path:
-        return run.path("training", f"checkpoints-{_key(settings, [*files, *([start] if start else ())])}")
+        return run.path("training", f"checkpoints-{_key(settings, inputs)}")
 
     def work() -> dict[str, Any]:
         if start:
@@ -113,7 +113,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
 
 
 def _key(settings: dict[str, Any], files: list[Path]) -> str:
-    """Names the checkpoints of exactly these settings and rows: others are never continued by mistake."""
+    """Names the checkpoints of exactly these settings, rows and base: others are never continued by mistake."""
     return hashlib.sha256(json.dumps([settings, *map(sha256, files)]).encode()).hexdigest()[:12]
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from stakelib.models import Rendered, load_weights
-from stakelib.run import CourseError, Progress, atomic_write_json, is_main, sha256, writing
+from stakelib.run import CourseError, Progress, atomic_write_json, is_main, move, sha256, writing
 from stakelib.training import keep
 from stakelib.training.recipe import Recipe, layer_numbers, rate_for
 
@@ -88,7 +88,7 @@ class RowTrainer(Trainer):
         with writing(final) as self.part:
             super()._save_checkpoint(model, trial)
             for file in (self.part / final.name).iterdir():
-                file.rename(self.part / file.name)
+                move(file, self.part / file.name)
             (self.part / final.name).rmdir()
             atomic_write_json(self.part / keep.COMPLETE, {f.name: sha256(f) for f in self.part.iterdir()})
         keep.prune(final.parent, self.state.best_global_step)

@@ -41,6 +41,7 @@ def memory(config: Any, recipe: Recipe, tokens: int, learned: int) -> dict[str, 
     fixed = {FULL: "float32", "auto": None} | dict.fromkeys(PACKED_BYTES)
     kind = fixed.get(recipe.precision, recipe.precision) or computer.precision()[0]
     size, words = (2 if kind == "bfloat16" else 4), config.vocab_size * config.hidden_size
+    words *= 1 if config.tie_word_embeddings else 2
     places, learned = (-(-n // 64) * 64 if size == 2 else n for n in (tokens, learned))  # as in `collate`, `row_loss`
     numbers = config.num_hidden_layers * sum(a * b for a, b in matrices(config).values())
     packed = PACKED_BYTES.get(recipe.precision)
