@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -207,11 +208,19 @@ def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_loaded(
     assert not adapter_folder(run).exists()
 
 
-def test_refusal_names_what_would_fit() -> None:
+def test_refusal_names_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Rendered([5] * 700, [0] * 350 + [1] * 350)]
     with pytest.raises(CourseError, match="9 GB free") as refused:
         settle("gemma-2b-it", replace(COURSE, checkpointing="auto"), rows, 9)
-    assert "gemma-2b-it with precision 'int8'" in refused.value.next_action
+    said = refused.value.next_action
+    assert "gemma-2b-it with precision 'int8'" in said and "tiny" not in said
+    monkeypatch.setattr(sys.modules[settle.__module__], "find_spec", lambda _: None)  # a Mac has no bitsandbytes
+    with pytest.raises(CourseError) as refused:
+        settle("gemma-2b-it", replace(COURSE, checkpointing="auto"), rows, 6)
+    found = re.findall(r"(\S+) with precision '(\w+)'", refused.value.next_action)
+    sizes = [MODELS[name].parameters_m for name, _ in found]
+    assert len(found) > 1 and sizes == sorted(sizes, reverse=True), "the largest first"
+    assert {kind for _, kind in found}.isdisjoint({"int8", "nf4"})
 
 
 def test_auto_keeps_checkpointing_off_where_the_run_fits() -> None:

@@ -96,8 +96,10 @@ def settle(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Reci
     for way in (replace(recipe, precision=precision, checkpointing=c) for c in ways):
         if (needed_gb := need_gb(model, way, data)) <= free_gb:
             return way, why
+    others = sorted((m for m in MODELS.values() if m.source != "made here"), key=lambda m: -m.parameters_m)
     packed = {(m, p): replace(recipe, precision=p, checkpointing="on") for m, p in
-              [*((model, p) for p in PACKED_BYTES), *((m, precision) for m in MODELS)]}  # fmt: skip
+              [*((model, p) for p in (PACKED_BYTES if find_spec("bitsandbytes") else ())),
+               *((m.name, precision) for m in others)]}  # fmt: skip
     fits = [f"{m} with precision '{p}' ({gb:.1f} GB)" for (m, p), r in packed.items()
             if (gb := need_gb(m, r, data)) <= free_gb]  # fmt: skip
     raise CourseError(
