@@ -98,12 +98,12 @@ def verdict(facts: Mapping[str, Any]) -> list[str]:
     """The findings in five plain sentences, each one following from figures of the report."""
     lines = [c for c in facts["comparison"] if c["direction"] != "none"]
     named = {v: [c["label"].lower() for c in lines if c["verdict"] == v] for v in ("better", "worse")}
-    open_ = [c["label"].lower() for c in lines if c["verdict"] == "cannot tell" and c["n"] == facts["prompts"]]
+    unclear = [c["label"].lower() for c in lines if c["verdict"] == "cannot tell" and c["n"] == facts["prompts"]]
     good = _list(named["better"], "clearly better than its base on", "on no measure clearly better than its base")
     both = [facts["totals"][s] for s in ("tuned", "base")]
     right = [f"{t['grounded']} of {t['numbers']}" for t in both]
     low, high = both[0]["faultless_interval"]
-    unseen = _list(open_, "; these prompts cannot tell the two apart on", "")
+    unseen = _list(unclear, "; these prompts cannot tell the two apart on", "")
     blind = ", ".join(f"{p['criterion']} {p['tuned']} against {p['base']}" for p in facts["people"])
     return [
         f"The tuned model is {good}; it is {_list(named['worse'], 'clearly worse on', 'clearly worse on none')}.",
