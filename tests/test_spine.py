@@ -228,6 +228,7 @@ def test_a_run_killed_in_training_goes_on_and_ends_the_same(spine: SimpleNamespa
     assert "data: up to date" in output and "trial-course-24: up to date" in output
     ended, whole = (r["stages"]["train"]["result"] for r in (record(folder), spine.record))
     assert ended["resumed_at"] > 0 == whole["resumed_at"]
+    assert ended["precision"] == whole["precision"], (ended["precision_why"], whole["precision_why"])
     assert ended["best_valid_loss"] == pytest.approx(whole["best_valid_loss"], rel=1e-5)
     assert {p.name for p in (folder / "models").iterdir()} == {p.name for p in (spine.folder / "models").iterdir()}
     for name in ("stakeholder-tiny-gemma-lora", "stakeholder-tiny-gemma-merged"):
