@@ -210,9 +210,9 @@ def per_stakeholder(table: pd.DataFrame, pair: tuple[str, str] = PAIR) -> Any:
 
 
 def fits(table: pd.DataFrame, free_gb: float) -> Any:
-    """Memory that each model and precision of a plan's table needs, against what is free; hours where it fits."""
+    """Memory that each model and precision of a plan's table needs, against what it may use; hours where known."""
     names = [f"{x.model} · {x.precision}" for x in table.itertuples()]
-    title = f"{int(table.fits.sum())} of {len(table)} ways fit into {free_gb:.0f} GB of free memory"
+    title = f"{int(table.fits.sum())} of {len(table)} ways fit into {free_gb:.0f} GB"
     told = "Bars of GB needed: " + "; ".join(map("{} {:.1f}".format, names, table.GB)) + "."
     chart, (axis,) = _chart(title, told, size=(7, 1 + 0.24 * len(table)))
     axis.barh(range(len(table)), table.GB, color=[TUNED if ok else GREY for ok in table.fits])
@@ -221,7 +221,7 @@ def fits(table: pd.DataFrame, free_gb: float) -> Any:
         axis.annotate(told, (min(gb, 2 * free_gb), y), va="center", fontsize=8, color=INK)
     axis.axvline(free_gb, color=WARN, lw=2, ls="--")
     axis.set_yticks(range(len(table)), names)
-    axis.set(xlim=(0, 2.4 * free_gb), xlabel="GB needed for the longest row (dashed: free here)")
+    axis.set(xlim=(0, 2.4 * free_gb), xlabel="GB needed for the longest row (dashed: what it may use here)")
     axis.invert_yaxis()
     return chart
 

@@ -418,7 +418,15 @@ def test_a_local_folder_serves_as_base_model(home: Path, tiny_cache: Path) -> No
     assert sha256(base_model(str(first)).folder / "source.json") == before
     shutil.copyfile(second / "model.safetensors", first / "model.safetensors")
     base_model(str(first))
-    assert sha256(first / "source.json") != before
+    assert (after := sha256(first / "source.json")) != before
+    for name in ("model.safetensors", "tokenizer.json"):  # others' files, older than source.json
+        kept = tiny_cache / "models" / "tiny-gemma" / name
+        changed = kept.read_bytes() if name.startswith("model") else kept.read_bytes() + b"\n"
+        (first / name).write_bytes(changed)
+        os.utime(first / name, (1e9, 1e9))
+        base_model(str(first))
+        assert sha256(first / "source.json") != after, name
+        after = sha256(first / "source.json")
     assert not (home / "cache").exists()
 
 

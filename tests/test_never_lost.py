@@ -26,7 +26,7 @@ from stakelib.models import BaseModel
 from stakelib.run import CourseError, Progress, Run, sha256, writing
 from stakelib.training import RECIPES, Recipe, adapter_folder, train
 from stakelib.training.keep import RISE, by_step, last_checkpoint, no_better
-from stakelib.training.peft_backend import RowTrainer, Watch
+from stakelib.training.peft_backend import RowTrainer, Watch, _arguments
 
 PRECISION = ("float32", "the same for every process of these tests, however busy the machine is")
 ONE_BY_ONE = replace(FAST, name="one by one", accumulate=1)  # 16 rows: 16 steps, a validation every 4
@@ -281,6 +281,56 @@ with writing(Path({str(place)!r}) / "thing") as part:
         Run.open(home / "run", "smoke")
         assert [p.name for p in place.iterdir()] == [part.name]  # the twin: a living writer is left alone
     assert [p.name for p in place.iterdir()] == ["mine"]
+
+
+# ------------------------------------------------------------------------------------------------- two at once
+
+
+def test_of_several_cards_one_trains_unless_accelerate_shares_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would lay one row on each card (DataParallel), and a step would hold more rows than the recipe says."""
+    from transformers import TrainingArguments
+
+    for cards, used in ((4, 1), (1, 1), (0, 0)):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _, cards=cards: cards))
+        assert _arguments(FAST, tmp_path, 4, 2)._n_gpu == used
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from stakelib.training import keep
+
+with keep.alone(Path({place!r})):
+    print("HELD", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_does_not_touch_a_training_at_work(
+    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with_rows(home / "run")
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, FAST)
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "precision", lambda: PRECISION)
+    place, before = checkpoints(run), steps(run)
+    command = [sys.executable, "-c", HOLDS.format(place=str(place))]
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ | root)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "HELD\n"
+        with pytest.raises(CourseError, match="another notebook or process"):
+            train(run, FAST)
+        assert steps(run) == before and before
+    finally:
+        other.kill()  # -9: nothing of it lets go of the lock but the system
+        other.communicate()
+    assert train(run, FAST)["resumed_at"] == int(before[-1])
+    assert checkpoints(run).name == "none"
 
 
 # ------------------------------------------------------------------------------------------------- kill -9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from test_training import FAST, run_with_rows
 
-from stakelib import machine
+from stakelib import machine, plots
 from stakelib.models import MODELS, BaseModel, Rendered, config_of, load_weights
 from stakelib.run import CourseError
 from stakelib.training import RECIPES, Recipe, adapter_folder, memory, plan, train
@@ -276,3 +277,25 @@ def test_probes_leave_the_random_numbers_of_a_training_alone(tiny: BaseModel) ->
     machine.matmul_gflops("float32", 64, 0.01)
     _probe("tiny-gemma", replace(COURSE, rank=2, checkpointing="on"), 64, 8)
     assert torch.equal(torch.rand(4), wanted)
+
+
+def test_on_a_mac_the_plan_is_that_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 GB of memory free on an M1 of 8 GB, where PEFT could not hold gemma-2b-it and MLX can."""
+    from stakelib.training.mlx_memory import M1_LIMIT_GB, mlx_memory
+
+    rows = [Rendered([5] * 700, [0] * 350 + [1] * 350)]
+    with pytest.raises(CourseError, match="2.0 GB free"):
+        plan("gemma-2b-it", RECIPES["course"], rows, {"ram_free_gb": 2.0}, models=("gemma-2b-it",))
+    monkeypatch.setattr(machine, "metal", lambda: (True, "for this test"))
+    limit = (M1_LIMIT_GB, "what this Mac gives its graphics cores")
+    monkeypatch.setattr(sys.modules["stakelib.training.mlx_memory"], "limit_gb", lambda: limit)
+    monkeypatch.setattr(sys.modules["stakelib.training.plan"], "_probe", lambda *_: pytest.fail("PyTorch was timed"))
+    names = ("smollm2-135m", "gemma-2b-it")
+    made = plan("gemma-2b-it", RECIPES["course"], rows, {"ram_free_gb": 2.0}, models=names)
+    assert (made.recipe.precision, made.recipe.checkpointing) == ("nf4", "on") and "graphics cores" in made.why
+    assert made.peak_gb == pytest.approx(sum(mlx_memory(config_of("gemma-2b-it"), made.recipe, 700, 350).values()))
+    assert made.peak_gb <= M1_LIMIT_GB and made.parts_gb["mapped"] == 0 and math.isnan(made.hours)
+    assert made.table.precision.tolist() == ["bfloat16", "int8", "nf4"] * 2 and made.table.hours.isna().all()
+    assert made.table.fits.tolist() == [True] * 3 + [False, True, True]
+    assert made.advice.startswith("gemma-2b-it in nf4: the largest that fits into 5.3 GB here; how long")
+    plots.fits(made.table, M1_LIMIT_GB)

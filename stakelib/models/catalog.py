@@ -73,9 +73,9 @@ def base_model(name: str) -> BaseModel:
     if model.source == "folder":
         if packed := packed_by_mlx(model.folder):
             raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
-        source = model.folder / "source.json"  # written again whenever a weight file is newer
-        newest = max(f.stat().st_mtime_ns for f in model.folder.glob("*.safetensors"))
-        if not source.exists() or source.stat().st_mtime_ns < newest:
+        source, files = model.folder / "source.json", [f.stat() for f in _files(model.folder)]
+        newest = max(ns for f in files for ns in (f.st_mtime_ns, f.st_ctime_ns))  # older files may take their place
+        if not source.exists() or source.stat().st_mtime_ns <= newest:
             _describe(model, model.folder)
         return model
     folder = cache_folder() / "models" / model.name
@@ -102,10 +102,17 @@ def config_of(name: str) -> Any:
     return AutoConfig.for_model(**shape, dtype="float32" if unpacked else "bfloat16")
 
 
+def _files(folder: Path) -> list[Path]:
+    """What makes the model in somebody's own folder: weights, config, tokenizer and chat template."""
+    kinds = (".safetensors", ".json", ".model", ".jinja")
+    return [f for f in sorted(folder.iterdir()) if f.suffix in kinds and f.name != "source.json"]
+
+
 def _describe(model: BaseModel, folder: Path) -> None:
     """source.json: what lies in `folder`; later stages are made again when it changes."""
-    weights = {f.name: sha256(f) for f in sorted(folder.glob("*.safetensors"))}
-    atomic_write_json(folder / "source.json", {"model": model.name, "origin": model.origin, "sha256": weights})
+    own = _files(folder) if model.source == "folder" else sorted(folder.glob("*.safetensors"))
+    files = {f.name: sha256(f) for f in own}
+    atomic_write_json(folder / "source.json", {"model": model.name, "origin": model.origin, "sha256": files})
 
 
 def gguf_base(model: BaseModel, quantisation: str) -> Path:

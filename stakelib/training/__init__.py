@@ -17,7 +17,7 @@ from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
 from stakelib.models.adapters import PEFT_FILES, check_adapter, shapes, to_mlx
 from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
-from stakelib.training.keep import as_begun
+from stakelib.training import keep
 from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
 from stakelib.training.mlx_run import mlx_place, train_mlx
 from stakelib.training.plan import Plan, memory, plan, settle, what_fits
@@ -85,7 +85,7 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
                 way, why = settle(run.profile.model, recipe, data, here["ram_free_gb"])
             return [way.precision, way.checkpointing, why]
 
-        precision, checkpointing, why = as_begun(checkpoints(), decide)
+        precision, checkpointing, why = keep.as_begun(checkpoints(), decide)
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         settled = replace(recipe, precision=precision, checkpointing=checkpointing)
         if backend == "mlx":
@@ -106,7 +106,11 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
                         os.fsync(stream.fileno())
         return result
 
-    result = run.stage(name, settings, inputs, [folder], work)
+    def alone() -> dict[str, Any]:
+        with keep.alone(checkpoints()):
+            return work()
+
+    result = run.stage(name, settings, inputs, [folder], alone)
     if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
         discard(checkpoints())
     return result

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from stakelib import machine, plots
 from stakelib.models import Rendered
@@ -100,6 +102,26 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
 
     processes()  # they must know of each other first
     return broadcast_object_list([chosen])[0]
+
+
+@contextlib.contextmanager
+def alone(checkpoints: Path) -> Iterator[None]:
+    """Hold a training's checkpoints for this process; the system lets go of the lock however the process ends.
+
+    Raises CourseError where another one holds them.
+    """
+    if not is_main():
+        yield
+        return
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(checkpoints / "lock").acquire(blocking=False)
+    except Timeout:
+        raise CourseError(
+            "another notebook or process is at this very training",
+            "wait for it, or stop it and run again: the training goes on from its last checkpoint") from None
+    with lock:
+        yield
 
 
 def processes() -> Any:

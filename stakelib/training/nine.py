@@ -14,7 +14,7 @@ from stakelib import machine
 from stakelib.models import base_model, config_of, load_tokenizer
 from stakelib.run import CourseError, Run, atomic_write_text
 from stakelib.training import adapter_folder, train
-from stakelib.training.plan import hours, memory, settle
+from stakelib.training.plan import hours, settle_here
 from stakelib.training.recipe import Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows
 from stakelib.voices import STAKEHOLDERS
@@ -60,22 +60,22 @@ def split_rows(run: Run, start: str = "base") -> dict[str, Run]:
 def plan_nine(run: Run, recipe: Recipe) -> pd.DataFrame:
     """What the nine trainings will need, before they start: one line each, and one for all of them together.
 
-    Columns: rows, learned tokens, minutes (from one short real step on this machine), peak memory and free memory (GB,
-    of one at a time), MB of the adapter on disk in both forms. Raises CourseError if one of them cannot fit.
+    Columns: rows, learned tokens, minutes (as `hours` has them), peak memory and free memory (GB, of one at a time),
+    MB of the adapter on disk in both forms. Raises CourseError if one of them cannot fit.
     """
     import pandas as pd
 
-    base, free_gb = base_model(run.profile.model), machine.describe(run.folder)["ram_free_gb"]
+    base, ram_gb = base_model(run.profile.model), machine.describe(run.folder)["ram_free_gb"]
     tokenizer, model = load_tokenizer(base.folder), run.profile.model
     data = {who: checked_rows(tokenizer, [own.path("training_data", f"{p}.jsonl") for p in PARTS], recipe.max_length)
             for who, own in split_rows(run).items()}  # fmt: skip
     rows, valid = ([row for parts in data.values() for row in parts[i]] for i in (0, 1))
-    way, _ = settle(model, recipe, rows + valid, free_gb)
+    way, _, formula, free_gb = settle_here(model, recipe, rows + valid, ram_gb)
     minutes, tokens = 60 * hours(model, way, rows, valid, run.profile.epochs), sum(len(r.ids) for r in rows)
     numbers = adapter_parameters(config_of(model), recipe)
     lines = []
     for who, (own, _) in {**data, "all nine": (rows, valid)}.items():
-        parts = memory(config_of(model), way, max(len(r.ids) for r in own), max(sum(r.mask) for r in own))
+        parts = formula(config_of(model), way, max(len(r.ids) for r in own), max(sum(r.mask) for r in own))
         lines.append({
             "voice": who, "rows": len(own), "learned tokens": run.profile.epochs * sum(sum(r.mask) for r in own),
             "minutes": minutes * sum(len(r.ids) for r in own) / tokens, "GB": sum(parts.values()), "GB free": free_gb,

@@ -211,7 +211,7 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
     if recipe.accumulate % count:
         wrong = f"{count} processes cannot share evenly the rows of a step, which are {recipe.accumulate}"
         raise CourseError(wrong, f"give --rows-per-step {count} or a multiple of it")
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,
         per_device_eval_batch_size=1, gradient_accumulation_steps=recipe.accumulate // count,
         learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
@@ -222,3 +222,5 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         metric_for_best_model="eval_loss", greater_is_better=False,
         seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
         ddp_find_unused_parameters=False)
+    made._n_gpu = min(made.n_gpu, 1)  # of several cards one, or Trainer lays a row on each: `accelerate launch` shares
+    return made

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ PACKED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # a number; nf4 has a float32
 PROGRAM_GB = {2: 0.45, 4: 0.55}
 HOLES = 1.3  # the allocator's room over what is kept for the way back (measured: four models, 320 to 960 tokens)
 NIGHT_H = 10.0
+UNTIMED = "here; how long it takes, training says within its first minute"  # with Metal: the probe is not MLX's
 Rows = Sequence[Rendered]
 
 
@@ -80,9 +82,9 @@ def kept_bytes(config: Any, recipe: Recipe, places: int, size: int) -> float:
     return places * (4 * normed + size * own + scores + mask)
 
 
-def need_gb(model: str, recipe: Recipe, data: Rows) -> float:
+def need_gb(model: str, recipe: Recipe, data: Rows, formula: Any = memory) -> float:
     """All memory (GB) that training `model` on the longest of these rows needs free, mapped weights included."""
-    return sum(memory(config_of(model), recipe, *_longest(data)).values())
+    return sum(formula(config_of(model), recipe, *_longest(data)).values())
 
 
 def _longest(data: Rows) -> tuple[int, int]:
@@ -108,6 +110,16 @@ def settle(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Reci
         "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs")
 
 
+def settle_here(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Recipe, str, Any, float]:
+    """`settle` for what trains here: (recipe, why, the formula of its memory, GB that it may use): MLX with Metal."""
+    if not computer.metal()[0]:
+        return *settle(model, recipe, data, free_gb), memory, free_gb
+    from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
+
+    limit = limit_gb()
+    return *settle_mlx(model, config_of(model), recipe, data, limit), mlx_memory, limit[0]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will need, what every other model would need, and what is best taken."""
@@ -126,20 +138,24 @@ def plan(model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None 
          epochs: int = 1, models: Sequence[str] = tuple(MODELS)) -> Plan:
     """Peak memory and wall time of training `model` on `data` on this machine, and a table of what else would fit.
 
-    `machine`: as `machine.describe()` gives it; its `ram_free_gb` decides what fits. Loads no weights. Raises
-    CourseError if the run cannot fit, naming what to change.
+    `machine`: as `machine.describe()` gives it; its `ram_free_gb` decides what fits; on a Mac with Metal, what its
+    graphics cores may use. Loads no weights. Raises CourseError if the run cannot fit, naming what to change.
     """
-    free_gb = (machine or computer.describe())["ram_free_gb"]
-    chosen, why = settle(model, recipe, data, free_gb)
-    parts = memory(config_of(model), chosen, *_longest(data))
+    ram_gb = (machine or computer.describe())["ram_free_gb"]
+    chosen, why, formula, free_gb = settle_here(model, recipe, data, ram_gb)
+    parts = {"mapped": 0.0} | formula(config_of(model), chosen, *_longest(data))
     table = what_fits(recipe, data, free_gb, valid, epochs, models)
-    lines = [x for x in table.to_dict("records") if x["hours"] <= NIGHT_H]  # NaN, of what does not fit, is not
-    plain = computer.precision()[0]  # packed weights are taken only where they make a larger model fit
-    best = max(lines, key=lambda x: (x["million"], x["precision"] == plain, -x["hours"]), default={})
-    advice = (
-        f"{best['model']} in {best['precision']}: the largest that fits into {free_gb} GB of free memory and is done "
-        f"in a night (about {clock(3600 * best['hours'])})" if best else "nothing of this list is done in a night")
+    lines = table[table.fits & (table.precision != FULL) & ~(table.hours > NIGHT_H)].to_dict("records")  # NaN is not
+    kinds = dict.fromkeys(models, table.precision[0])  # packed only where that makes a larger model fit
+    if formula is not memory:  # with Metal, also where the rest of the Mac needs room
+        auto = replace(recipe, precision="auto")
+        kinds |= {x["model"]: settle_here(x["model"], auto, data, ram_gb)[0].precision for x in lines}
+    best = max(lines, key=lambda x: (x["million"], x["precision"] == kinds[x["model"]], -x["hours"]), default={})
     time_h = hours(model, chosen, data, valid, epochs)
+    advice = "nothing of this list is done in a night"
+    if best:
+        night = f"and is done in a night (about {clock(3600 * best['hours'])})" if time_h == time_h else UNTIMED
+        advice = f"{best['model']} in {best['precision']}: the largest that fits into {free_gb:.1f} GB {night}"
     return Plan(chosen, why, parts, sum(parts.values()) - parts["mapped"], time_h, table, best, advice)
 
 
@@ -147,17 +163,22 @@ def what_fits(recipe: Recipe, data: Rows, free_gb: float, valid: Rows, epochs: i
     """A pandas table, one line for each model and precision: GB at three lengths, fits, hours.
 
     Checkpointing is on only where the longest row needs it; "GB" and "fits" speak of that row, mapped weights included.
-    Hours cost a probe of some seconds each.
+    Hours cost a probe of some seconds each; where MLX trains there are none, and memory is that of `mlx_memory`.
     """
     import pandas
 
-    kinds = [computer.precision()[0], *(PACKED_BYTES if find_spec("bitsandbytes") else ()), FULL]
+    if computer.metal()[0]:
+        from stakelib.training.mlx_memory import mlx_memory as formula
+
+        kinds = ["bfloat16", *PACKED_BYTES]
+    else:
+        kinds, formula = [computer.precision()[0], *(PACKED_BYTES if find_spec("bitsandbytes") else ()), FULL], memory
     lines, (longest, learned) = [], _longest(data)
     for model, kind in ((m, k) for m in models for k in kinds):
         ways = [replace(recipe, precision=kind, checkpointing=c) for c in ("off", "on")]
-        way = ways[need_gb(model, ways[0], data) > free_gb]
-        sizes = {n: memory(config_of(model), way, n, n * learned // longest) for n in (512, 1024, 1536)}
-        fits = (needed_gb := need_gb(model, way, data)) <= free_gb
+        way = ways[need_gb(model, ways[0], data, formula) > free_gb]
+        sizes = {n: formula(config_of(model), way, n, n * learned // longest) for n in (512, 1024, 1536)}
+        fits = (needed_gb := need_gb(model, way, data, formula)) <= free_gb
         lines.append({
             "model": model, "million": find_model(model).parameters_m, "precision": kind,
             "checkpointing": way.checkpointing, **{f"GB, {n} tokens": sum(p.values()) for n, p in sizes.items()},
@@ -170,8 +191,10 @@ def hours(model: str, recipe: Recipe, data: Rows, valid: Rows, epochs: int) -> f
     """Wall time of the training: a layer and the output layer are run for real on a row of middle length.
 
     Longer rows cost as their products do: matrices x tokens, attention x tokens squared (Kaplan et al. 2020, arXiv
-    2001.08361, table 1); the output layer works on learned tokens only.
+    2001.08361, table 1); the output layer works on learned tokens only. NaN where MLX trains: the probe is PyTorch's.
     """
+    if computer.metal()[0]:
+        return nan
     config, middle = config_of(model), sorted(data, key=lambda r: len(r.ids))[len(data) // 2]
     tokens, learned = len(middle.ids), sum(middle.mask)
     layer_s, forward_s, output_s, output_forward_s = _probe(model, replace(recipe, layers=None), tokens, learned)
