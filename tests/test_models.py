@@ -419,14 +419,23 @@ def test_a_local_folder_serves_as_base_model(home: Path, tiny_cache: Path) -> No
     shutil.copyfile(second / "model.safetensors", first / "model.safetensors")
     base_model(str(first))
     assert (after := sha256(first / "source.json")) != before
-    for name in ("model.safetensors", "tokenizer.json"):  # others' files, older than source.json
-        kept = tiny_cache / "models" / "tiny-gemma" / name
-        changed = kept.read_bytes() if name.startswith("model") else kept.read_bytes() + b"\n"
-        (first / name).write_bytes(changed)
+    kept = tiny_cache / "models" / "tiny-gemma"
+    texts = {"model.safetensors": (kept / "model.safetensors").read_bytes(), "chat_template.jinja": b"another"}
+    texts["tokenizer.json"] = (kept / "tokenizer.json").read_bytes() + b"\n"
+    for name, text in texts.items():  # others' files, older than source.json
+        (first / name).write_bytes(text)
         os.utime(first / name, (1e9, 1e9))
         base_model(str(first))
         assert sha256(first / "source.json") != after, name
         after = sha256(first / "source.json")
+    (first / "chat_template.jinja").unlink()
+    base_model(str(first))
+    assert (after := sha256(first / "source.json")) != before
+    (first / "trainer_state.json").write_text("{}", encoding="utf-8")  # no part of the model
+    os.utime(first / "model.safetensors")  # touched, the same in it
+    stamp = (first / "source.json").stat().st_mtime_ns
+    base_model(str(first))
+    assert sha256(first / "source.json") == after and (first / "source.json").stat().st_mtime_ns == stamp
     assert not (home / "cache").exists()
 
 

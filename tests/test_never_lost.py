@@ -317,8 +317,9 @@ def test_a_second_process_does_not_touch_a_training_at_work(
         train(run, FAST)
     monkeypatch.undo()
     monkeypatch.setattr(machine, "precision", lambda: PRECISION)
-    place, before = checkpoints(run), steps(run)
-    command = [sys.executable, "-c", HOLDS.format(place=str(place))]
+    before = steps(run)
+    (lock,) = (run.folder / "training").glob("*.lock")
+    command = [sys.executable, "-c", HOLDS.format(place=str(lock))]
     root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     other = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ | root)
     try:

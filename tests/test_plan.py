@@ -23,6 +23,12 @@ ROWS = [Rendered(list(range(110, 110 + n)), [0] * (n - 20) + [1] * 20) for n in 
 COURSE = replace(RECIPES["course"], precision="float32", checkpointing="off")
 
 
+@pytest.fixture(autouse=True)
+def no_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of a PC on a Mac too, but where a test says otherwise."""
+    monkeypatch.setattr(machine, "metal", lambda: (False, "for this test"))
+
+
 # ------------------------------------------------------------------------------------------------- shapes
 
 PUBLISHED = {
@@ -291,11 +297,15 @@ def test_on_a_mac_the_plan_is_that_of_mlx(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys.modules["stakelib.training.mlx_memory"], "limit_gb", lambda: limit)
     monkeypatch.setattr(sys.modules["stakelib.training.plan"], "_probe", lambda *_: pytest.fail("PyTorch was timed"))
     names = ("smollm2-135m", "gemma-2b-it")
-    made = plan("gemma-2b-it", RECIPES["course"], rows, {"ram_free_gb": 2.0}, models=names)
-    assert (made.recipe.precision, made.recipe.checkpointing) == ("nf4", "on") and "graphics cores" in made.why
+    made = plan("gemma-2b-it", RECIPES["course"], rows, models=names)
+    assert (made.recipe.precision, made.recipe.checkpointing) == ("nf4", "on") and "of 5.3 GB" in made.why
     assert made.peak_gb == pytest.approx(sum(mlx_memory(config_of("gemma-2b-it"), made.recipe, 700, 350).values()))
     assert made.peak_gb <= M1_LIMIT_GB and made.parts_gb["mapped"] == 0 and math.isnan(made.hours)
     assert made.table.precision.tolist() == ["bfloat16", "int8", "nf4"] * 2 and made.table.hours.isna().all()
     assert made.table.fits.tolist() == [True] * 3 + [False, True, True]
     assert made.advice.startswith("gemma-2b-it in nf4: the largest that fits into 5.3 GB here; how long")
     plots.fits(made.table, M1_LIMIT_GB)
+    small = plan("smollm2-135m", replace(RECIPES["course"], checkpointing="off"), rows, models=names)
+    assert small.recipe.checkpointing == "off" and small.advice.startswith("gemma-2b-it in nf4")
+    with pytest.raises(CourseError, match="but 2.0 GB is all"):
+        plan("gemma-2b-it", RECIPES["course"], rows, {"ram_free_gb": 2.0}, models=names)

@@ -200,6 +200,7 @@ def test_the_plan_says_time_memory_and_disk_before_anything_is_trained(
     tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stakelib.training.nine.hours", lambda *_: 0.5)
+    monkeypatch.setattr(machine, "metal", lambda: (False, "for this test"))
     run = nine_rows(Run.open(home / "run", "smoke"))
     table = plan_nine(run, BRIEF).set_index("voice")
     assert list(table.index) == [*NINE, "all nine"]

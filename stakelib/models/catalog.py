@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,8 @@ def base_model(name: str) -> BaseModel:
     if model.source == "folder":
         if packed := packed_by_mlx(model.folder):
             raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
-        source, files = model.folder / "source.json", [f.stat() for f in _files(model.folder)]
-        newest = max(ns for f in files for ns in (f.st_mtime_ns, f.st_ctime_ns))  # older files may take their place
-        if not source.exists() or source.stat().st_mtime_ns <= newest:
-            _describe(model, model.folder)
+        stats = [(f.name, f.stat()) for f in _files(model.folder)]
+        _look_again(model, model.folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
         return model
     folder = cache_folder() / "models" / model.name
     if not (folder / "source.json").exists():
@@ -104,15 +104,23 @@ def config_of(name: str) -> Any:
 
 def _files(folder: Path) -> list[Path]:
     """What makes the model in somebody's own folder: weights, config, tokenizer and chat template."""
-    kinds = (".safetensors", ".json", ".model", ".jinja")
-    return [f for f in sorted(folder.iterdir()) if f.suffix in kinds and f.name != "source.json"]
+    kinds = ("*.safetensors", "config.json", "token*", "*token*.json", "vocab.*", "merges.txt", "*.model", "chat_temp*")
+    return sorted({f for kind in kinds for f in folder.glob(kind) if f.is_file() and f.name[0] != "."})
+
+
+@cache
+def _look_again(model: BaseModel, folder: Path, seen: tuple[tuple[str, int, int], ...]) -> None:
+    """Once in each process, and whenever `seen` changes: only the contents tell whether the files are the same."""
+    _describe(model, folder)
 
 
 def _describe(model: BaseModel, folder: Path) -> None:
     """source.json: what lies in `folder`; later stages are made again when it changes."""
     own = _files(folder) if model.source == "folder" else sorted(folder.glob("*.safetensors"))
-    files = {f.name: sha256(f) for f in own}
-    atomic_write_json(folder / "source.json", {"model": model.name, "origin": model.origin, "sha256": files})
+    made = {"model": model.name, "origin": model.origin, "sha256": {f.name: sha256(f) for f in own}}
+    source = folder / "source.json"
+    if not source.exists() or json.loads(source.read_text(encoding="utf-8")) != made:  # the folder may be read-only
+        atomic_write_json(source, made)
 
 
 def gguf_base(model: BaseModel, quantisation: str) -> Path:

@@ -106,13 +106,10 @@ def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = No
                         os.fsync(stream.fileno())
         return result
 
-    def alone() -> dict[str, Any]:
-        with keep.alone(checkpoints()):
-            return work()
-
-    result = run.stage(name, settings, inputs, [folder], alone)
-    if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
-        discard(checkpoints())
+    with keep.alone(run.path("training", f"{folder.name}.lock")):
+        result = run.stage(name, settings, inputs, [folder], work)
+        if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
+            discard(checkpoints())
     return result
 
 

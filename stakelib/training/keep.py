@@ -105,23 +105,26 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
 
 
 @contextlib.contextmanager
-def alone(checkpoints: Path) -> Iterator[None]:
-    """Hold a training's checkpoints for this process; the system lets go of the lock however the process ends.
+def alone(file: Path) -> Iterator[None]:
+    """Hold the lock `file` for this process; the system lets go of it however the process ends.
 
-    Raises CourseError where another one holds them.
+    Raises CourseError where another process holds it. Network drives without locks are used without one.
     """
-    if not is_main():
-        yield
-        return
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     try:
-        lock = FileLock(checkpoints / "lock").acquire(blocking=False)
+        if is_main():  # of those that train together, the first speaks for all
+            lock.acquire(blocking=False)
     except Timeout:
         raise CourseError(
-            "another notebook or process is at this very training",
+            f"another notebook or process is training this adapter ({file} is locked)",
             "wait for it, or stop it and run again: the training goes on from its last checkpoint") from None
-    with lock:
+    except OSError as problem:
+        print(f"training: {file} cannot be locked ({problem}); do not start this training twice", flush=True)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def processes() -> Any:

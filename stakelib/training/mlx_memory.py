@@ -37,7 +37,7 @@ def mlx_memory(config: Any, recipe: Recipe, tokens: int, learned: int, rows: int
 
 
 def limit_gb() -> tuple[float, str]:
-    """(memory that MLX may use, GB; what sets that limit)."""
+    """(memory that a training may use, GB; what sets that limit)."""
     if not machine.metal()[0]:
         return machine.describe()["ram_free_gb"], "free memory; MLX runs on the processor here"
     import mlx.core as mx

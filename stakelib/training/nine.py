@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stakelib import machine
 from stakelib.models import base_model, config_of, load_tokenizer
 from stakelib.run import CourseError, Run, atomic_write_text
 from stakelib.training import adapter_folder, train
+from stakelib.training.mlx_memory import limit_gb
 from stakelib.training.plan import hours, settle_here
 from stakelib.training.recipe import Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows
@@ -65,12 +65,12 @@ def plan_nine(run: Run, recipe: Recipe) -> pd.DataFrame:
     """
     import pandas as pd
 
-    base, ram_gb = base_model(run.profile.model), machine.describe(run.folder)["ram_free_gb"]
+    base, free_gb = base_model(run.profile.model), limit_gb()[0]
     tokenizer, model = load_tokenizer(base.folder), run.profile.model
     data = {who: checked_rows(tokenizer, [own.path("training_data", f"{p}.jsonl") for p in PARTS], recipe.max_length)
             for who, own in split_rows(run).items()}  # fmt: skip
     rows, valid = ([row for parts in data.values() for row in parts[i]] for i in (0, 1))
-    way, _, formula, free_gb = settle_here(model, recipe, rows + valid, ram_gb)
+    way, _, formula = settle_here(model, recipe, rows + valid, free_gb)
     minutes, tokens = 60 * hours(model, way, rows, valid, run.profile.epochs), sum(len(r.ids) for r in rows)
     numbers = adapter_parameters(config_of(model), recipe)
     lines = []

@@ -110,14 +110,13 @@ def settle(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Reci
         "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs")
 
 
-def settle_here(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Recipe, str, Any, float]:
-    """`settle` for what trains here: (recipe, why, the formula of its memory, GB that it may use): MLX with Metal."""
+def settle_here(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Recipe, str, Any]:
+    """`settle` for what trains here, which with Metal is MLX: (recipe, why, the formula of its memory)."""
     if not computer.metal()[0]:
-        return *settle(model, recipe, data, free_gb), memory, free_gb
-    from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
+        return *settle(model, recipe, data, free_gb), memory
+    from stakelib.training.mlx_memory import mlx_memory, settle_mlx
 
-    limit = limit_gb()
-    return *settle_mlx(model, config_of(model), recipe, data, limit), mlx_memory, limit[0]
+    return *settle_mlx(model, config_of(model), recipe, data, (free_gb, "what it may use here")), mlx_memory
 
 
 @dataclass(frozen=True)
@@ -138,18 +137,20 @@ def plan(model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None 
          epochs: int = 1, models: Sequence[str] = tuple(MODELS)) -> Plan:
     """Peak memory and wall time of training `model` on `data` on this machine, and a table of what else would fit.
 
-    `machine`: as `machine.describe()` gives it; its `ram_free_gb` decides what fits; on a Mac with Metal, what its
-    graphics cores may use. Loads no weights. Raises CourseError if the run cannot fit, naming what to change.
+    `machine`: its `ram_free_gb` decides what fits; None: what `limit_gb` says of this one. Loads no weights. Raises
+    CourseError if the run cannot fit, naming what to change.
     """
-    ram_gb = (machine or computer.describe())["ram_free_gb"]
-    chosen, why, formula, free_gb = settle_here(model, recipe, data, ram_gb)
+    from stakelib.training.mlx_memory import limit_gb
+
+    free_gb = machine["ram_free_gb"] if machine else limit_gb()[0]
+    chosen, why, formula = settle_here(model, recipe, data, free_gb)
     parts = {"mapped": 0.0} | formula(config_of(model), chosen, *_longest(data))
     table = what_fits(recipe, data, free_gb, valid, epochs, models)
     lines = table[table.fits & (table.precision != FULL) & ~(table.hours > NIGHT_H)].to_dict("records")  # NaN is not
     kinds = dict.fromkeys(models, table.precision[0])  # packed only where that makes a larger model fit
     if formula is not memory:  # with Metal, also where the rest of the Mac needs room
-        auto = replace(recipe, precision="auto")
-        kinds |= {x["model"]: settle_here(x["model"], auto, data, ram_gb)[0].precision for x in lines}
+        auto = replace(recipe, precision="auto", checkpointing="auto")
+        kinds |= {x["model"]: settle_here(x["model"], auto, data, free_gb)[0].precision for x in lines}
     best = max(lines, key=lambda x: (x["million"], x["precision"] == kinds[x["model"]], -x["hours"]), default={})
     time_h = hours(model, chosen, data, valid, epochs)
     advice = "nothing of this list is done in a night"
