@@ -25,7 +25,7 @@ from stakelib import machine
 from stakelib.models import BaseModel
 from stakelib.run import CourseError, Progress, Run, sha256, writing
 from stakelib.training import RECIPES, Recipe, adapter_folder, train
-from stakelib.training.keep import RISE, by_step, last_checkpoint, no_better
+from stakelib.training.keep import RISE, alone, by_step, last_checkpoint, no_better
 from stakelib.training.peft_backend import RowTrainer, Watch, _arguments
 
 PRECISION = ("float32", "the same for every process of these tests, however busy the machine is")
@@ -332,6 +332,14 @@ def test_a_second_process_does_not_touch_a_training_at_work(
         other.communicate()
     assert train(run, FAST)["resumed_at"] == int(before[-1])
     assert checkpoints(run).name == "none"
+
+
+def test_where_no_lock_can_be_made_it_is_said_and_work_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "no folder").write_text("", encoding="utf-8")
+    with alone(tmp_path / "no folder" / "x.lock"):
+        assert "cannot be locked" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- kill -9

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted({f for kind in kinds for f in folder.glob(kind) if f.is_file() and f.name[0] != "."})
 
 
-@cache
+@lru_cache(maxsize=1)
 def _look_again(model: BaseModel, folder: Path, seen: tuple[tuple[str, int, int], ...]) -> None:
     """Once in each process, and whenever `seen` changes: only the contents tell whether the files are the same."""
     _describe(model, folder)

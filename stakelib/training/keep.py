@@ -108,11 +108,11 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
 def alone(file: Path) -> Iterator[None]:
     """Hold the lock `file` for this process; the system lets go of it however the process ends.
 
-    Raises CourseError where another process holds it. Network drives without locks are used without one.
+    Raises CourseError where another process holds it. Network drives and read-only ones are used without.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         if is_main():  # of those that train together, the first speaks for all
             lock.acquire(blocking=False)
     except Timeout:
