@@ -87,8 +87,14 @@ def main() -> None:
             seconds, tokens = times[system][-1].values()
             print(f"{pair + 1}/{given.pairs} {system:<7} {seconds:7.1f} s {tokens:6.0f} tokens", flush=True)
     ratios = [g["seconds"] / c["seconds"] for g, c in zip(times["guide"], times["course"], strict=True)]
-    record = {"model": run.profile.model, "prompts": given.prompts, "runs": times, "ratios": ratios,
-              "ratio": statistics.median(ratios), "machine": machine.describe(ROOT)}  # fmt: skip
+    record = {
+        "model": run.profile.model,
+        "prompts": given.prompts,
+        "runs": times,
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "machine": machine.describe(ROOT),
+    }
     print(f"the course answers {record['ratio']:.1f} times as fast (pairs: {', '.join(f'{r:.1f}' for r in ratios)})")
     target = ROOT / "benchmarks" / "records" / "answer-speed.json"
     target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")

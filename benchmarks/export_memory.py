@@ -94,8 +94,11 @@ def work(folder: Path, kinds: list[str]) -> dict[str, Any]:
         target = folder.with_name(f"{folder.name}-{kind.lower()}.gguf")
         with Watch() as watch:
             to_gguf(folder, target) if kind == "f16" else quantise(f16, target, kind)
-        found[kind] = {"peak_gb": round(watch.peak_gb, 2), "seconds": round(watch.seconds, 1),
-                       "gb": round(target.stat().st_size / 1e9, 2)}  # fmt: skip
+        found[kind] = {
+            "peak_gb": round(watch.peak_gb, 2),
+            "seconds": round(watch.seconds, 1),
+            "gb": round(target.stat().st_size / 1e9, 2),
+        }
         print(f"{kind}: {found[kind]}", file=sys.stderr, flush=True)
     if found["f16"]["gb"] < 1.9 * weights_of(folder) / 1e9:
         raise SystemExit("the converter left weights out")
@@ -113,17 +116,19 @@ def run_shape(shape: str, kinds: list[str], cap_gb: float | None) -> dict[str, A
     converter()  # installed before the clock runs
     order = json.dumps({"folder": str(folder), "kinds": kinds, "group": str(group) if group else None})
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, __file__, "--child", order], env=env, stdout=subprocess.PIPE,
-                          encoding="utf-8")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", order], env=env, stdout=subprocess.PIPE, encoding="utf-8"
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if group:
         group.rmdir()
     return {
-        "shape": shape, "parameters_m": round(weights_of(folder) / 1e6, 1),
+        "shape": shape,
+        "parameters_m": round(weights_of(folder) / 1e6, 1),
         "steps": json.loads(lines[-1]) if lines else {},
         "cap": f"{cap_gb} GB, cgroup" if group else "no cap",
         "ended": "well" if done.returncode == 0 else f"code {done.returncode}",
-    }  # fmt: skip
+    }
 
 
 def weights_of(folder: Path) -> int:

@@ -102,16 +102,26 @@ def main() -> None:
     loss = found["whole"]["valid_loss"]
     for line in found.values():
         line["loss_apart_percent"] = 100 * abs(line["valid_loss"] / loss - 1)
-    about = {"model": wanted.model, "rows": wanted.rows, "seconds": seconds, "killed_after_s": moment,
-             "left_at_the_kill": left, "resumed": resumed, "processor": machine.describe()["processor"],
-             "precision": machine.precision()[0]}  # fmt: skip
+    about = {
+        "model": wanted.model,
+        "rows": wanted.rows,
+        "seconds": seconds,
+        "killed_after_s": moment,
+        "left_at_the_kill": left,
+        "resumed": resumed,
+        "processor": machine.describe()["processor"],
+        "precision": machine.precision()[0],
+    }
     RECORD.write_text(json.dumps({**about, "runs": found}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({**about, "runs": found}, indent=1))
     before, after = found["whole"]["train_loss"]
     elsewhere = found["other"]["apart"] > 10 * max(found["killed"]["apart"], 1e-4)
-    held = {"it went on from a checkpoint": resumed, "the loss fell by 30 %": after <= 0.7 * before,
-            "the killed one ends within 1 %": found["killed"]["loss_apart_percent"] <= 1,
-            "another seed ends elsewhere": elsewhere}  # fmt: skip
+    held = {
+        "it went on from a checkpoint": resumed,
+        "the loss fell by 30 %": after <= 0.7 * before,
+        "the killed one ends within 1 %": found["killed"]["loss_apart_percent"] <= 1,
+        "another seed ends elsewhere": elsewhere,
+    }
     if not all(held.values()):
         raise SystemExit("does not hold: " + ", ".join(name for name, ok in held.items() if not ok))
 

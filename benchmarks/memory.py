@@ -126,11 +126,15 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
         else:
             peft_backend.train_peft(folder, recipe, 1, rows, rows[:1], Path(checkpoints))
     return {
-        **case, "weights": "real" if known else "random", "compute": machine.precision()[0],
-        "anonymous_gb": round(watch.anonymous_gb, 2), "mapped_gb": round(watch.mapped_gb, 2),
-        "row_s": round(statistics.median(Clock.seconds[1:]), 2), "rows": steps,
+        **case,
+        "weights": "real" if known else "random",
+        "compute": machine.precision()[0],
+        "anonymous_gb": round(watch.anonymous_gb, 2),
+        "mapped_gb": round(watch.mapped_gb, 2),
+        "row_s": round(statistics.median(Clock.seconds[1:]), 2),
+        "rows": steps,
         "processor": machine.describe()["processor"],
-    }  # fmt: skip
+    }
 
 
 def run_case(case: dict[str, Any], steps: int, cap_gb: float | None, isa: str) -> dict[str, Any]:

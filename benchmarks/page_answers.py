@@ -75,8 +75,13 @@ def main() -> None:
         answer["tokens_per_s"] = round(tokens / (answer["seconds"] - answer["first_words_s"]), 1)
         answer["sections"] = [name for name, _ in sections(answer["text"])] == HEADINGS
     outside = [url for url in loads if not url.startswith((address, f"blob:{address}"))]
-    record = {"model": run.profile.model, "browser": f"Chromium {agent}", "answers": answers, "outside": outside,
-              "machine": machine.describe(ROOT)}  # fmt: skip
+    record = {
+        "model": run.profile.model,
+        "browser": f"Chromium {agent}",
+        "answers": answers,
+        "outside": outside,
+        "machine": machine.describe(ROOT),
+    }
     target = ROOT / "benchmarks" / "records" / "page.json"
     target.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     if outside or not all(answer["sections"] for answer in answers):

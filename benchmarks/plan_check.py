@@ -81,10 +81,15 @@ def compare(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
         raw.append(said["row_s"] / was["row_s"])
         scaled.append(raw[-1] * statistics.mean(said["gflops"]) / statistics.mean(was["gflops"]))
         runs.append({"said": said, "was": was})
-    middle = {name: round(statistics.median(x), 2) for name, x in
-              (("memory_ratio", memory), ("time_ratio_raw", raw), ("time_ratio", scaled))}  # fmt: skip
-    shown = {f"{who}_{short}": round(statistics.median(run[who][name] for run in runs), 2)
-             for short, name in (("gb", "anonymous_gb"), ("row_s", "row_s")) for who in ("said", "was")}
+    middle = {
+        name: round(statistics.median(x), 2)
+        for name, x in (("memory_ratio", memory), ("time_ratio_raw", raw), ("time_ratio", scaled))
+    }
+    shown = {
+        f"{who}_{short}": round(statistics.median(run[who][name] for run in runs), 2)
+        for short, name in (("gb", "anonymous_gb"), ("row_s", "row_s"))
+        for who in ("said", "was")
+    }
     return {**case, **shown, **middle, "runs": runs}
 
 

@@ -61,10 +61,16 @@ def measure(variant: str, model: str) -> dict[str, Any]:
         started = time.monotonic()
         result = peft_backend.train_peft(base_model(model).folder, recipe, 1, train, valid, Path(folder, "kept"))[1]
     curve = [round(loss, 3) for _, loss in result["valid_loss"]]
-    return {"valid_loss": round(result["best_valid_loss"], 3), "on_the_way": curve,
-            "million": result["trainable_parameters"] / 1e6, "rows": len(train), "valid_rows": len(valid),
-            "seconds": round(time.monotonic() - started), "machine": card or machine.describe(ROOT)["processor"],
-            "precision": precision}  # fmt: skip
+    return {
+        "valid_loss": round(result["best_valid_loss"], 3),
+        "on_the_way": curve,
+        "million": result["trainable_parameters"] / 1e6,
+        "rows": len(train),
+        "valid_rows": len(valid),
+        "seconds": round(time.monotonic() - started),
+        "machine": card or machine.describe(ROOT)["processor"],
+        "precision": precision,
+    }
 
 
 def main() -> None:

@@ -34,13 +34,15 @@ def main() -> None:
     print(shares.round(3).to_string(index=False))
     print(asked.loc[~asked["accepted"], ["id", "wrong"]].to_string(index=False))
     result = {
-        "requests": len(asked), "scenarios": int(asked["scenario_id"].nunique()),
+        "requests": len(asked),
+        "scenarios": int(asked["scenario_id"].nunique()),
         **{f"{name}_percent": round(100 * asked[name].mean()) for name in ("accepted", "kept", "grounded", "in_time")},
-        "echo": int(asked["echo"].sum()), "lost_characters": int(asked["lost"].sum()),
+        "echo": int(asked["echo"].sum()),
+        "lost_characters": int(asked["lost"].sum()),
         **{f"p{p}_s": round(float(asked["seconds"].quantile(p / 100))) for p in (50, 95)},
         "voice_p50_s": round(float(table.loc[table["task"] == "voice", "seconds"].median()), 1),
         "shares": shares.to_dict("records"),
-    }  # fmt: skip
+    }
     record = {
         "profile": told,
         "machine": machine.describe(ROOT),

@@ -75,8 +75,12 @@ def guide(model: str, train: list[Any], folder: Path, tuned: bool) -> tuple[Any,
 
     net = AutoModelForCausalLM.from_pretrained(base_model(model).folder, dtype=torch.float32)
     targets, rate = (ALL_LINEAR, rate_for(net.config, Recipe())) if tuned else (ATTENTION, 2e-5)
-    net = get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules=list(targets), lora_dropout=0.05,
-                                         bias="none", task_type="CAUSAL_LM"))
+    net = get_peft_model(
+        net,
+        LoraConfig(
+            r=16, lora_alpha=32, target_modules=list(targets), lora_dropout=0.05, bias="none", task_type="CAUSAL_LM"
+        ),
+    )
 
     def pad(rows: list[Any]) -> dict[str, torch.Tensor]:
         width = max(len(r.ids) for r in rows)
@@ -86,16 +90,29 @@ def guide(model: str, train: list[Any], folder: Path, tuned: bool) -> tuple[Any,
 
     clock = clock_of(TrainerCallback)()
     arguments = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        learning_rate=rate, optim="adamw_torch", logging_steps=10, save_strategy="no", report_to="none", use_cpu=True,
-        disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential", seed=7)  # fmt: skip
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        learning_rate=rate,
+        optim="adamw_torch",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        seed=7,
+    )
     ordered = [train[i] for i in row_order(len(train), 1, Recipe().seed)]
     Trainer(net, arguments, train_dataset=ordered, data_collator=pad, callbacks=[clock]).train()
     return net, clock.seconds, 8
 
 
-def course(model: str, train: list[Any], valid: list[Any], folder: Path,
-           compiled: bool = False) -> tuple[Any, list[float], int]:
+def course(
+    model: str, train: list[Any], valid: list[Any], folder: Path, compiled: bool = False
+) -> tuple[Any, list[float], int]:
     """The course's own back-end and recipe, one validation at the end; `compiled`: each layer by torch.compile.
 
     Layer by layer is the form that costs least: all layers share one compilation for each new length.
@@ -136,10 +153,15 @@ def measure(system: str, model: str, count: int, loss: bool) -> dict[str, Any]:
             net, seconds, per_step = course(model, train, valid, Path(folder), system == "compiled")
         else:
             net, seconds, per_step = guide(model, train, Path(folder), system == "guide-tuned")
-    timed = seconds[WARM_UP // per_step:]
-    found = {"rows_per_s": len(timed) * per_step / sum(timed), "all_s": sum(seconds), "peak_gb": memory.peak_mb / 1024,
-             "fp32_gflops": before[0], "bf16_gflops": before[1],
-             "tokens_per_row": sum(len(r.ids) for r in train) / len(train)}
+    timed = seconds[WARM_UP // per_step :]
+    found = {
+        "rows_per_s": len(timed) * per_step / sum(timed),
+        "all_s": sum(seconds),
+        "peak_gb": memory.peak_mb / 1024,
+        "fp32_gflops": before[0],
+        "bf16_gflops": before[1],
+        "tokens_per_row": sum(len(r.ids) for r in train) / len(train),
+    }
     if loss:
         net.eval()
         with torch.inference_mode():
@@ -179,22 +201,30 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {s: [] for s in systems}
     for turn in range(turns):
         for system in systems[:: -1 if turn % 2 else 1]:
-            done = subprocess.run([*command, "--one", system], env={**os.environ, **(AVX2 if wanted.avx2 else {})},
-                                  capture_output=True, encoding="utf-8")  # fmt: skip
+            done = subprocess.run(
+                [*command, "--one", system],
+                env={**os.environ, **(AVX2 if wanted.avx2 else {})},
+                capture_output=True,
+                encoding="utf-8",
+            )
             if done.returncode:
                 raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
             found[system].append(json.loads(done.stdout.strip().split("\n")[-1]))
             print(turn + 1, system, {k: round(v, 3) for k, v in found[system][-1].items()}, flush=True)
     ratios = [a["rows_per_s"] / b["rows_per_s"] for a, b in zip(found["course"], found[other], strict=True)]
     ratio = statistics.median(ratios)
-    print(f"{wanted.model}{' capped at AVX2' if wanted.avx2 else ''}: {ratio:.2f} times the rows a second of {other} "
-          f"(pairs: {', '.join(f'{r:.2f}' for r in ratios)})")
+    print(
+        f"{wanted.model}{' capped at AVX2' if wanted.avx2 else ''}: {ratio:.2f} times the rows a second of {other} "
+        f"(pairs: {', '.join(f'{r:.2f}' for r in ratios)})"
+    )
     what = "loss" if wanted.loss else "compile" if wanted.compile else "speed"
     name = f"train-{what}-{wanted.model}{f'-{instructions(wanted.avx2)}' if what == 'speed' else ''}.json"
     file = ROOT / "benchmarks" / "records" / name
     about = {"rows": wanted.rows, "processor": machine.describe()["processor"], "alpha": RECIPES["course"].alpha}
-    file.write_text(json.dumps({**about, "ratio": round(ratio, 3), "ratios": ratios, "runs": found}, indent=1) + "\n",
-                    encoding="utf-8")
+    file.write_text(
+        json.dumps({**about, "ratio": round(ratio, 3), "ratios": ratios, "runs": found}, indent=1) + "\n",
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

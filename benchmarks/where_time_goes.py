@@ -43,8 +43,10 @@ def attention_flops() -> dict[Any, Any]:
     def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_backward_flop_count(gradient, query, key, value)
 
-    return {ops._scaled_dot_product_flash_attention_for_cpu: forward,
-            ops._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
 
 
 def measure(model: str, rows: int) -> dict[str, Any]:
@@ -84,14 +86,14 @@ def measure(model: str, rows: int) -> dict[str, Any]:
     for row in train[:2]:
         step(row)
     spent.update(dict.fromkeys(spent, 0.0))
-    for row in train[2:rows + 2]:
+    for row in train[2 : rows + 2]:
         step(row)
     seconds = {part: value / rows for part, value in spent.items()}
     with FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
-        for row in train[2:rows + 2]:
+        for row in train[2 : rows + 2]:
             step(row)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for row in train[2:rows + 2]:
+        for row in train[2 : rows + 2]:
             step(row)
     kinds: dict[str, float] = {}
     for event in profiler.key_averages():
@@ -99,10 +101,17 @@ def measure(model: str, rows: int) -> dict[str, Any]:
     dtype = str(net.dtype).removeprefix("torch.")
     peak = max(machine.matmul_gflops(dtype, size) for size in (768, 2048))
     reached = counter.get_total_flops() / rows / sum(seconds.values()) / 1e9
-    return {"model": model, "dtype": dtype, "tokens_per_row": sum(len(r.ids) for r in train[2:rows + 2]) / rows,
-            "seconds_per_row": seconds, "gflop_per_row": counter.get_total_flops() / rows / 1e9,
-            "gflops_reached": reached, "gflops_peak": peak, "share_of_peak": reached / peak,
-            "share_of_time": {k: v / sum(kinds.values()) for k, v in sorted(kinds.items(), key=lambda i: -i[1])}}
+    return {
+        "model": model,
+        "dtype": dtype,
+        "tokens_per_row": sum(len(r.ids) for r in train[2 : rows + 2]) / rows,
+        "seconds_per_row": seconds,
+        "gflop_per_row": counter.get_total_flops() / rows / 1e9,
+        "gflops_reached": reached,
+        "gflops_peak": peak,
+        "share_of_peak": reached / peak,
+        "share_of_time": {k: v / sum(kinds.values()) for k, v in sorted(kinds.items(), key=lambda i: -i[1])},
+    }
 
 
 def main() -> None:

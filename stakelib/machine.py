@@ -22,11 +22,14 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
     memory, place = psutil.virtual_memory(), (folder or Path.cwd()).resolve()
     place = next(p for p in (place, *place.parents) if p.exists())
     return {
-        "system": _system(), "processor": _processor(),
+        "system": _system(),
+        "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "ram_gb": round(memory.total / 2**30, 1), "ram_free_gb": round(memory.available / 2**30, 1),
+        "ram_gb": round(memory.total / 2**30, 1),
+        "ram_free_gb": round(memory.available / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(place).free / 2**30, 1),
-        "python": platform.python_version()}
+        "python": platform.python_version(),
+    }
 
 
 def is_apple_silicon() -> bool:

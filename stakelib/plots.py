@@ -22,9 +22,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, GREY, BASE, TUNED, WARN, GREEN = "#1b1f24", "#d5d9de", "#6b7280", "#0072B2", "#D55E00", "#007a5a"  # Okabe-Ito
-FLEET = {"coal": "#3a3a3a", "gas": "#8c8c8c", "diesel": "#b08a5b", "hfo": "#7d5a3c", "nuclear": "#CC79A7",
-         "hydro": "#0072B2", "geothermal": "#b5463c", "biomass": "#5a7d2a", "wind": "#56B4E9", "solarPV": "#E69F00",
-         "solarCSP": "#D55E00", "battery": "#009E73", "pumpStorage": "#66c2a5", "interconnector": "#d5d9de"}
+FLEET = {
+    "coal": "#3a3a3a",
+    "gas": "#8c8c8c",
+    "diesel": "#b08a5b",
+    "hfo": "#7d5a3c",
+    "nuclear": "#CC79A7",
+    "hydro": "#0072B2",
+    "geothermal": "#b5463c",
+    "biomass": "#5a7d2a",
+    "wind": "#56B4E9",
+    "solarPV": "#E69F00",
+    "solarCSP": "#D55E00",
+    "battery": "#009E73",
+    "pumpStorage": "#66c2a5",
+    "interconnector": "#d5d9de",
+}
 NATS = "nats per token\n(lower is better)"
 LOOKS = ({"color": BASE, "markerfacecolor": "white"}, {"color": TUNED, "markerfacecolor": TUNED})  # of base, of tuned
 PAIR = ("base", "tuned")
@@ -81,8 +94,10 @@ def loss_curve(result: Mapping[str, Any]) -> Any:
     first = points["valid_loss"][0] if best else None
     title = f"Validation loss went from {first[1]:.2f} to {best[1]:.2f}" if best else "Training loss"
     chart, (axis,) = _chart(title, f"Best at step {best[0]}." if best else "No validation yet.")
-    lines = (("train_loss", "training", {"color": BASE, "lw": 1}),
-             ("valid_loss", "validation", {"color": TUNED, "lw": 2, "marker": "o", "ms": 4}))  # fmt: skip
+    lines = (
+        ("train_loss", "training", {"color": BASE, "lw": 1}),
+        ("valid_loss", "validation", {"color": TUNED, "lw": 2, "marker": "o", "ms": 4}),
+    )
     for key, label, style in lines:
         axis.plot([step for step, _ in points[key]], [loss for _, loss in points[key]], label=label, **style)
     if best:
@@ -109,8 +124,11 @@ def trend(values: Mapping[float, float], what: str) -> Any:
 def lengths(counts: Sequence[int], limit: int) -> Any:
     """Histogram of row lengths in tokens with the limit; `counts` is one token count per row."""
     over = sum(n > limit for n in counts)
-    title = f"{over} of {len(counts)} rows are longer than {limit:,} tokens" if over else (
-        f"All {len(counts)} rows fit: the longest has {max(counts):,} of {limit:,} tokens")  # fmt: skip
+    title = (
+        f"{over} of {len(counts)} rows are longer than {limit:,} tokens"
+        if over
+        else (f"All {len(counts)} rows fit: the longest has {max(counts):,} of {limit:,} tokens")
+    )
     chart, (axis,) = _chart(title, f"Histogram of tokens per row, from {min(counts)} to {max(counts)}.", size=(7, 2.8))
     steps = range(math.ceil(max(*counts, limit) / limit * 40) + 1)  # 40 bars up to the limit, which is an edge
     _, edges, bars = axis.hist(counts, bins=[limit * i / 40 for i in steps], color=TUNED, edgecolor="white", lw=0.5)
@@ -118,8 +136,17 @@ def lengths(counts: Sequence[int], limit: int) -> Any:
         if edge >= limit:
             bar.set_color(WARN)
     axis.axvline(limit, color=WARN, lw=2, ls="--")
-    axis.annotate(f"limit {limit:,}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), color=WARN,
-                  ha="right", va="bottom", textcoords="offset points", fontsize=9)  # fmt: skip
+    axis.annotate(
+        f"limit {limit:,}",
+        (limit, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 2),
+        color=WARN,
+        ha="right",
+        va="bottom",
+        textcoords="offset points",
+        fontsize=9,
+    )
     axis.set(xlim=(0, max(limit, *counts) * 1.03), xlabel="tokens per row (prompt and reply)", ylabel="rows")
     return chart
 
@@ -195,8 +222,11 @@ def per_stakeholder(table: pd.DataFrame, pair: tuple[str, str] = PAIR) -> Any:
     worst = table[table["system"] == pair[1]].groupby("stakeholder")["value"].mean()
     chart, axes = _chart(
         f"By stakeholder: at most {int(table['n'].max())} prompts each, so single voices are uncertain",
-        f"Lowest {pair[1]} average over the panels: {worst.idxmin()}." if len(worst) else "", len(labels),
-        size=(2.2 + 1.9 * len(labels), 3.6), sharey=True)  # fmt: skip
+        f"Lowest {pair[1]} average over the panels: {worst.idxmin()}." if len(worst) else "",
+        len(labels),
+        size=(2.2 + 1.9 * len(labels), 3.6),
+        sharey=True,
+    )
     for axis, label in zip(axes, labels, strict=True):
         for y, name in enumerate(names):
             part = table[(table["label"] == label) & (table["stakeholder"] == name)].set_index("system")

@@ -206,8 +206,14 @@ class Run:
         if (file := self.folder / "run.json").exists():
             self.record["stages"] |= json.loads(file.read_text(encoding="utf-8"))["stages"]
 
-    def stage(self, name: str, settings: dict[str, Any], inputs: Iterable[Path], outputs: Iterable[Path],
-              work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def stage(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        inputs: Iterable[Path],
+        outputs: Iterable[Path],
+        work: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
         """Run `work()` unless the record shows these outputs made from the same settings and inputs.
 
         `work` returns the JSON-able result that a later, skipped call gives back. Outputs are checked against their
@@ -244,8 +250,9 @@ class Run:
         atomic_write_json(self.path("run.json"), self.record)
         return self.record["stages"][name]["result"]
 
-    def finished(self, name: str, settings: dict[str, Any], inputs: Iterable[Path],
-                 outputs: Iterable[Path]) -> dict[str, Any] | None:
+    def finished(
+        self, name: str, settings: dict[str, Any], inputs: Iterable[Path], outputs: Iterable[Path]
+    ) -> dict[str, Any] | None:
         """The record of stage `name` if it made these outputs, unchanged since, of the same settings and inputs."""
         saved = self.record["stages"].get(name)
         if not saved or not all(Path(p).exists() for p in inputs):

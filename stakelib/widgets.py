@@ -64,9 +64,11 @@ class _Board:
         self.progress = w.Text(disabled=True, layout=w.Layout(width="99%"))
         names = [("all", ""), *((p.name, i) for i, p in STAKEHOLDERS.items())]
         tasks = [("all", ""), *((t, t) for t in sorted({r.task for r in review.rows.values()}))]
-        self.filters = {"stakeholder": w.Dropdown(options=names, description="stakeholder"),
-                        "task": w.Dropdown(options=tasks, description="task"),
-                        "state": w.Dropdown(options=[("all", ""), *((s, s) for s in STATES)], description="state")}
+        self.filters = {
+            "stakeholder": w.Dropdown(options=names, description="stakeholder"),
+            "task": w.Dropdown(options=tasks, description="task"),
+            "state": w.Dropdown(options=[("all", ""), *((s, s) for s in STATES)], description="state"),
+        }
         buttons = {name: w.Button(description=name) for name in ("accept", "reject", "undo")}
         for name, button in buttons.items():
             button.on_click(lambda _, name=name: self.decide(name))
@@ -74,10 +76,19 @@ class _Board:
             box.observe(lambda _: self.filter(), "value")
         self.text.observe(self.typed, "value")
         self.pager = Pager([], self.show)
-        sides = w.GridBox([self.prompt, self.facts, self.text],
-                          layout=w.Layout(grid_template_columns="4fr 2fr 4fr", width="100%"))
-        self.box = w.VBox([w.HBox([*self.filters.values()]), self.pager.box, sides, self.verdict,
-                           w.HBox([*buttons.values()]), self.progress])
+        sides = w.GridBox(
+            [self.prompt, self.facts, self.text], layout=w.Layout(grid_template_columns="4fr 2fr 4fr", width="100%")
+        )
+        self.box = w.VBox(
+            [
+                w.HBox([*self.filters.values()]),
+                self.pager.box,
+                sides,
+                self.verdict,
+                w.HBox([*buttons.values()]),
+                self.progress,
+            ]
+        )
         self.filter()
 
     def filter(self) -> None:
@@ -129,12 +140,16 @@ class _Ballot:
         self.prompt = w.Textarea(disabled=True, layout=w.Layout(width="99%"))
         self.sides = {s: w.Textarea(disabled=True, layout=w.Layout(width="98%")) for s in "AB"}
         labels = {"A": "A is better", "same": "no difference", "B": "B is better"}
-        self.votes = {c: w.ToggleButtons(options=[(labels[x], x) for x in CHOICES], index=None, tooltips=[asks] * 3)
-                      for c, asks in CRITERIA.items()}  # fmt: skip
+        self.votes = {
+            c: w.ToggleButtons(options=[(labels[x], x) for x in CHOICES], index=None, tooltips=[asks] * 3)
+            for c, asks in CRITERIA.items()
+        }
         for criterion, buttons in self.votes.items():
             buttons.observe(lambda change, c=criterion: self.voted(c, change["new"]), "value")
-        pair = w.GridBox([w.VBox([w.Label(s), box]) for s, box in self.sides.items()],
-                         layout=w.Layout(grid_template_columns="1fr 1fr", width="100%"))  # fmt: skip
+        pair = w.GridBox(
+            [w.VBox([w.Label(s), box]) for s, box in self.sides.items()],
+            layout=w.Layout(grid_template_columns="1fr 1fr", width="100%"),
+        )
         asked = [w.VBox([w.Label(f"{c}: {asks}"), self.votes[c]]) for c, asks in CRITERIA.items()]
         self.pager = Pager([], self.show)
         self.box = w.VBox([self.head, self.prompt, pair, *asked, self.pager.box, self.progress])
@@ -172,8 +187,11 @@ def chat(rows: Sequence[Mapping[str, Any]], ask: Callable[..., list[dict[str, An
     import ipywidgets as w
 
     rules = {row["prompt"]: row["completion"] for row in rows}
-    starts = w.Dropdown(options=[(f"{r['stakeholder']}: {r['scenario']}, {r['country']}", r["prompt"]) for r in rows],
-                        description="begin with", layout=w.Layout(width="99%"))  # fmt: skip
+    starts = w.Dropdown(
+        options=[(f"{r['stakeholder']}: {r['scenario']}, {r['country']}", r["prompt"]) for r in rows],
+        description="begin with",
+        layout=w.Layout(width="99%"),
+    )
     prompt = w.Textarea(starts.value or "", layout=w.Layout(width="99%", height="220px"))
     tall = w.Layout(width="100%", height="420px")
     said = {s: w.Textarea(disabled=True, layout=tall) for s in ("base", "tuned", "rules")}
@@ -193,6 +211,8 @@ def chat(rows: Sequence[Mapping[str, Any]], ask: Callable[..., list[dict[str, An
 
     starts.observe(lambda change: setattr(prompt, "value", change["new"]), "value")
     button.on_click(reply)
-    columns = w.GridBox([w.VBox([w.Label(s), box]) for s, box in said.items()],
-                        layout=w.Layout(grid_template_columns="1fr 1fr 1fr", width="100%"))  # fmt: skip
+    columns = w.GridBox(
+        [w.VBox([w.Label(s), box]) for s, box in said.items()],
+        layout=w.Layout(grid_template_columns="1fr 1fr 1fr", width="100%"),
+    )
     return w.VBox([starts, prompt, button, columns])

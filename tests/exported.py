@@ -64,9 +64,18 @@ def make(tiny: Path, place: Path) -> SimpleNamespace:
     to_gguf(place / "wrong", wrong["f16"])
     quantise(wrong["f16"], wrong["q8"], "Q8_0")
     return SimpleNamespace(
-        run=run, base=base, adapter=adapter, other=other, sizes=result["bytes"], result=result, rows=rows, wrong=wrong,
-        files=files_of(run), merged=run.path("models", "stakeholder-tiny-gemma-merged"), tokenizer=tokenizer,
-    )  # fmt: skip
+        run=run,
+        base=base,
+        adapter=adapter,
+        other=other,
+        sizes=result["bytes"],
+        result=result,
+        rows=rows,
+        wrong=wrong,
+        files=files_of(run),
+        merged=run.path("models", "stakeholder-tiny-gemma-merged"),
+        tokenizer=tokenizer,
+    )
 
 
 def files_of(run: Run) -> dict[str, Path]:
@@ -79,6 +88,9 @@ def copy(made: SimpleNamespace, place: Path) -> SimpleNamespace:
     run = Run.open(place / "run", "smoke", made.run.profile.model)
     models = run.folder / "models"
     return SimpleNamespace(
-        run=run, files=files_of(run), adapter=models / "adapter", merged=models / made.merged.name,
+        run=run,
+        files=files_of(run),
+        adapter=models / "adapter",
+        merged=models / made.merged.name,
         recipe=run.folder / "Modelfile",
-    )  # fmt: skip
+    )

@@ -1,7 +1,7 @@
 """Static gate for notebooks: reads, never runs. Each gate takes a path and returns a list of problems, empty if none.
 
-    python tests/notebook_gate.py [notebook ...]          print every problem, exit 1 if there is one
-    python tests/notebook_gate.py --adopt runs/quick      take the outputs of an executed run into notebooks/
+python tests/notebook_gate.py [notebook ...]          print every problem, exit 1 if there is one
+python tests/notebook_gate.py --adopt runs/quick      take the outputs of an executed run into notebooks/
 """
 
 from __future__ import annotations
@@ -342,9 +342,19 @@ def outputs_are_small(path: Path) -> list[str]:
 
 
 GATES: tuple[Callable[[Path], list[str]], ...] = (
-    cells_are_short, has_prose, has_parameters, has_checked_cells, has_head, sections_say_what_to_see, names_are_bound,
-    has_no_machine_paths, links_exist, outputs_are_fresh, has_no_errors, outputs_are_small,
-)  # fmt: skip
+    cells_are_short,
+    has_prose,
+    has_parameters,
+    has_checked_cells,
+    has_head,
+    sections_say_what_to_see,
+    names_are_bound,
+    has_no_machine_paths,
+    links_exist,
+    outputs_are_fresh,
+    has_no_errors,
+    outputs_are_small,
+)
 
 
 def problems_of(path: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """Numbers in prose come from the record of a run: between `<!--=key-->` and `<!--/-->` stands what the record says.
 
-    python tests/prose.py --record runs/quick     take a finished run's figures into benchmarks/records/quick.json
-    python tests/prose.py --record runs/quick other 05,06,08    of these notebooks only, into other.json
-    python tests/prose.py --write                 fill the README and the notebooks from the records
-    python tests/prose.py                         print every sentence that contradicts its record, exit 1 if any
+python tests/prose.py --record runs/quick     take a finished run's figures into benchmarks/records/quick.json
+python tests/prose.py --record runs/quick other 05,06,08    of these notebooks only, into other.json
+python tests/prose.py --write                 fill the README and the notebooks from the records
+python tests/prose.py                         print every sentence that contradicts its record, exit 1 if any
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ def take(folder: Path, called: str = "", only: str = "") -> Path:
     if (told := folder / "evaluation" / "evaluation.json").exists():
         kept["evaluation"] = quality(json.loads(told.read_text(encoding="utf-8")))
     taken = {
-        "profile": record["profile"], "machine": record["machine"], "versions": record["versions"],
-        "notebooks": {name[:2]: seconds for name, seconds in sorted(timings.items())}, "stages": kept,
-    }  # fmt: skip
+        "profile": record["profile"],
+        "machine": record["machine"],
+        "versions": record["versions"],
+        "notebooks": {name[:2]: seconds for name, seconds in sorted(timings.items())},
+        "stages": kept,
+    }
     target = RECORDS / f"{called or record['profile']['name']}.json"
     RECORDS.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
@@ -82,9 +85,11 @@ def figure(key: str) -> str:
         return str(record[path[0]][path[1]])
     stage: Any = record["stages"][path[0]]
     known = {
-        "seconds": lambda: f"{stage['seconds']:.0f}", "minutes": lambda: minutes(stage["seconds"]),
-        "peak_gb": lambda: f"{stage['peak_mb'] / 1024:.1f}", "disk_gb": lambda: f"{stage['disk_bytes'] / 1e9:.1f}",
-    }  # fmt: skip
+        "seconds": lambda: f"{stage['seconds']:.0f}",
+        "minutes": lambda: minutes(stage["seconds"]),
+        "peak_gb": lambda: f"{stage['peak_mb'] / 1024:.1f}",
+        "disk_gb": lambda: f"{stage['disk_bytes'] / 1e9:.1f}",
+    }
     if path[1] in known:
         return known[path[1]]()
     for part in path[1:]:

@@ -6,11 +6,15 @@ import csv
 import io
 from collections.abc import Callable, Iterable
 
-HEADER = next(csv.reader([
-    "Scenario,Gx.PowerPool,Exporting.PowerPool,Importing.PowerPool,Exporting.Country,Importing.Country,Gx.Country,"
-    "Technology,Tech.Description,Latitude,Longitude,TechSetL0,TechSetL1,TechSetL2,Par/Var,OutputCom,Year,Activity,"
-    "Value,Unit,Source,double"
-]))  # fmt: skip
+HEADER = next(
+    csv.reader(
+        [
+            "Scenario,Gx.PowerPool,Exporting.PowerPool,Importing.PowerPool,Exporting.Country,Importing.Country,Gx.Country,"
+            "Technology,Tech.Description,Latitude,Longitude,TechSetL0,TechSetL1,TechSetL2,Par/Var,OutputCom,Year,Activity,"
+            "Value,Unit,Source,double"
+        ]
+    )
+)
 UNITS = {"Total Capacity": "MW", "New Capacity": "MW", "Output": "GWh (TJ for fuels)", "CO2 Emissions": "ktons"}
 UNITS |= {"RE Curtailment": "GWh", "Capacity Factor": ""}
 POWER = "Electricity/Secondary"
@@ -18,8 +22,18 @@ YEARS = range(2023, 2041)  # 2023 holds only standing capacity
 Row = dict[str, object]
 
 
-def rows(country: str, scenario: str, code: str, text: str, sets: str, what: str, value: Callable[[int], float],
-         commodity: str = POWER, years: Iterable[int] = YEARS, mode: int = 1) -> list[Row]:  # fmt: skip
+def rows(
+    country: str,
+    scenario: str,
+    code: str,
+    text: str,
+    sets: str,
+    what: str,
+    value: Callable[[int], float],
+    commodity: str = POWER,
+    years: Iterable[int] = YEARS,
+    mode: int = 1,
+) -> list[Row]:
     """One row per year; `sets` is "L1 > L2"; years from 2024 except for Total Capacity."""
     l1, _, l2 = sets.partition(" > ")
     row = dict.fromkeys(HEADER, "") | {"Scenario": scenario, "Gx.PowerPool": "XPP", "Gx.Country": country}
@@ -33,8 +47,15 @@ def line(start: float, step: float) -> Callable[[int], float]:
     return lambda year: start + step * (year - 2024)
 
 
-def plant(country: str, scenario: str, code: str, text: str, sets: str, mw: Callable[[int], float],
-          gwh: Callable[[int], float] | None) -> list[Row]:  # fmt: skip
+def plant(
+    country: str,
+    scenario: str,
+    code: str,
+    text: str,
+    sets: str,
+    mw: Callable[[int], float],
+    gwh: Callable[[int], float] | None,
+) -> list[Row]:
     """Capacity, additions, output, cost (2 m$ per new MW) and a capacity factor, which no sum may hold."""
     at = (country, scenario, code, text, sets)
     new = max(0.0, mw(2025) - mw(2024))
@@ -55,10 +76,15 @@ def kestrelia(scenario: str = "base", sun: float = 8.0) -> list[Row]:
         ("KQSOTNZ001", "Solar CSP 6hrStor Zone 001", "Other RE > Solar Thermal PP", line(0, 1), line(0, 4)),
         ("KQDSRC00", "Generic Diesel Centralized", "Fossil&Nuclear PP > Diesel PP", line(40, -1), line(80, -4)),
         ("KQELSTPSHill", "P_Hill Pump storage", "Non Hydro Storage > PumpStorage", line(0, 2), line(0, 3)),
-        ("KQEL00i00", "Import of Electricity", "Electricity Net Imports > Electricity Net Imports", line(50, 2),
-         line(30, 0)),
+        (
+            "KQEL00i00",
+            "Import of Electricity",
+            "Electricity Net Imports > Electricity Net Imports",
+            line(50, 2),
+            line(30, 0),
+        ),
         ("KQTDST01", "Tidal stream", "Other RE > Tidal PP", line(1, 0), line(1, 0)),
-    ]  # fmt: skip
+    ]
     out = [row for code, text, sets, mw, gwh in plants for row in plant(*at, code, text, sets, mw, gwh)]
     made = sum_of([gwh for *_, gwh in plants if gwh])
     pump = ("KQELSTPSHill", "P_Hill Pump storage", "Non Hydro Storage > PumpStorage")

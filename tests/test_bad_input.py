@@ -17,16 +17,41 @@ from stakelib.run import CourseError
 from stakelib.scenarios import derive_metrics, load, scenario_id
 
 JSON = (Path(__file__).parent / "data" / "two-scenarios.json").read_text(encoding="utf-8")
-OLD = json.dumps({
-    "metadata": {"country": "Oldland", "scenarioName": "Sun First"},
-    "capacity": {"byYear": {"2030": {"solarPV": 200, "windOnshore": 100, "gas": 150}, "2040": {"solarPV": 800}}},
-    "investment": {"total": 1800}, "emissions": {"byYear": {"2025": 4.0, "2045": 1.0}},
-})  # fmt: skip
+OLD = json.dumps(
+    {
+        "metadata": {"country": "Oldland", "scenarioName": "Sun First"},
+        "capacity": {"byYear": {"2030": {"solarPV": 200, "windOnshore": 100, "gas": 150}, "2040": {"solarPV": 800}}},
+        "investment": {"total": 1800},
+        "emissions": {"byYear": {"2025": 4.0, "2045": 1.0}},
+    }
+)
 TEMPLATE = files("stakelib.scenarios").joinpath("template.csv").read_text(encoding="utf-8")
 SPLAT = text_of([r for r in kestrelia() if r["Year"] in (2029, 2030, 2040)])
 BASES = {"json": JSON, "old": OLD, "template": TEMPLATE, "splat": SPLAT}
-NUMBERS = ["NaN", "nan", "Infinity", "-inf", "1e400", "-1", "1e308", "9" * 400, "9" * 5000, "12,5", "1.2.3", "0x1F", "",
-           "null", "true", "[]", '"7"', "１２", "1e-400", "--1", "2030", "∞"]  # fmt: skip
+NUMBERS = [
+    "NaN",
+    "nan",
+    "Infinity",
+    "-inf",
+    "1e400",
+    "-1",
+    "1e308",
+    "9" * 400,
+    "9" * 5000,
+    "12,5",
+    "1.2.3",
+    "0x1F",
+    "",
+    "null",
+    "true",
+    "[]",
+    '"7"',
+    "１２",
+    "1e-400",
+    "--1",
+    "2030",
+    "∞",
+]
 WORDS = ["PW", "mt", "GWh", "MW", "%", "", "\x00", "Mt CO2e", "€", "=1+1", "\u202e", "�", "k" * 500, "\ud83d"]
 Damage = Callable[[str, random.Random], bytes]
 
@@ -114,8 +139,18 @@ def another_dress(text: str, rng: random.Random) -> bytes:
     return rng.choice([b"", b"\xef\xbb\xbf"]) + encoded(text)
 
 
-DAMAGES: list[Damage] = [truncated, a_byte_changed, a_piece_gone_or_twice, a_wrong_number, a_wrong_word,
-                         something_put_in, deeply_nested, lines_mixed, another_encoding, another_dress]  # fmt: skip
+DAMAGES: list[Damage] = [
+    truncated,
+    a_byte_changed,
+    a_piece_gone_or_twice,
+    a_wrong_number,
+    a_wrong_word,
+    something_put_in,
+    deeply_nested,
+    lines_mixed,
+    another_encoding,
+    another_dress,
+]
 
 
 def content(path: Path) -> list[dict]:
@@ -158,9 +193,26 @@ def test_two_thousand_damaged_files(kind: str, count: int, tmp_path: Path) -> No
     assert 0.12 * count <= loaded <= 0.88 * count  # neither everything passes nor everything fails
 
 
-@pytest.mark.parametrize("text", ["", "\n", "a", '"', "a,b\n1,2", "\x00", ",,,\n,,,", "\ufeff", "[[]]", "[1]", '["a"]',
-                                  "country,scenario,year,quantity,value,unit\n", '{"capacity": {"byYear": 5}}',
-                                  '{"capacity": 5}', '{"capacity": {"byYear": {"2030": {}}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        "a",
+        '"',
+        "a,b\n1,2",
+        "\x00",
+        ",,,\n,,,",
+        "\ufeff",
+        "[[]]",
+        "[1]",
+        '["a"]',
+        "country,scenario,year,quantity,value,unit\n",
+        '{"capacity": {"byYear": 5}}',
+        '{"capacity": 5}',
+        '{"capacity": {"byYear": {"2030": {}}}}',
+    ],
+)
 def test_almost_nothing_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "little.csv"
     path.write_bytes(encoded(text))

@@ -153,8 +153,10 @@ def test_the_page_answers_for_two_stakeholders_without_a_network(chromium, lab: 
             choice = next(o for o in page.locator("#stakeholder option").all_inner_texts() if name in o)
             page.get_by_label("Stakeholder").select_option(choice)
             assert choice in page.locator("#prompt").text_content()
-            page.evaluate("seen = []; new MutationObserver(() => seen.push(document.getElementById('answer')"
-                          ".textContent.length)).observe(document.getElementById('answer'), {childList: true})")
+            page.evaluate(
+                "seen = []; new MutationObserver(() => seen.push(document.getElementById('answer')"
+                ".textContent.length)).observe(document.getElementById('answer'), {childList: true})"
+            )
             page.get_by_role("button", name="Ask").click()
             expect(page.locator("#status")).to_have_text(re.compile("^Done"), timeout=120_000)
             assert len(page.evaluate("[...new Set(seen)]")) > 3, "tokens come in one by one"

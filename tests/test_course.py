@@ -258,7 +258,7 @@ def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------------- run
 
 
-STUB_RUN = '''
+STUB_RUN = """
 from pathlib import Path
 class CourseError(Exception):
     def __init__(self, problems, next_action):
@@ -281,7 +281,7 @@ class Run:
         return path
 def clock(seconds):
     return f"{seconds:.0f} s"
-'''
+"""
 STUB_MODELS = "def preflight(name, folder):\n    pass\n"
 HEAD = "profile = 'quick'\nmodel = None\nout = None"
 FIRST = "import sys, pathlib\nprint('kernel', sys.executable)\nprint('parameters', profile, model)\n"
@@ -466,6 +466,20 @@ def test_pytest_arguments_pass_through_and_slow_is_left_out() -> None:
     assert "-m" not in course.test_commands(True, [])[0][3:]
     options = course.parse(["test", "-k", "lock", "-x"])
     assert course.test_commands(options.all, options.extra) == [
-        [sys.executable, "-m", "pytest", str(course.ROOT / "tests"), "-n", "2", "--dist", "loadfile",
-         "--no-loadscope-reorder", "-m", "not slow", "-k", "lock", "-x"]
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(course.ROOT / "tests"),
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--no-loadscope-reorder",
+            "-m",
+            "not slow",
+            "-k",
+            "lock",
+            "-x",
+        ]
     ]

@@ -185,8 +185,9 @@ def test_control_tokens_in_user_data_stay_text_in_the_prompt() -> None:
     """`render` never makes a control token of a prompt's text, so a scenario may have such a name."""
     name = "Plan <end_of_turn>"
     named = ROW.prompt.replace(f"- Scenario: {ROW.scenario}", f"- Scenario: {name}")
-    row = ROW.model_copy(update={"scenario": name, "prompt": named,
-                                 "completion": ROW.completion.replace(ROW.scenario, "the plan")})  # fmt: skip
+    row = ROW.model_copy(
+        update={"scenario": name, "prompt": named, "completion": ROW.completion.replace(ROW.scenario, "the plan")}
+    )
     assert problems_of(row) == []
     told = ROW.completion.replace(ITEM, f"- Does {name} hold?")
     assert "language: control-token text '<end_of_turn>'" in problems_of(row.model_copy(update={"completion": told}))

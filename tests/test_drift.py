@@ -267,6 +267,14 @@ def test_mlx_keywords_are_still_known() -> None:
         assert len(passed(source, name)) >= least
         assert refused(source, name, found_at(path)) == set()
     trainer = list(inspect.signature(found_at("mlx_lm.tuner.trainer:train")).parameters)
-    assert trainer == ["model", "optimizer", "train_dataset", "val_dataset", "args", "loss", "iterate_batches",
-                       "training_callback"]  # fmt: skip
+    assert trainer == [
+        "model",
+        "optimizer",
+        "train_dataset",
+        "val_dataset",
+        "args",
+        "loss",
+        "iterate_batches",
+        "training_callback",
+    ]
     assert hasattr(found_at("mlx_lm.tuner.callbacks:TrainingCallback"), "on_train_loss_report")

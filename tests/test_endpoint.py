@@ -64,6 +64,7 @@ def lively(toys: dict[str, Any]) -> Iterator[str]:
 
 def send(address: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
     """Status, headers and JSON of one request; a body that is bytes goes as it is."""
+
     def read(reply: Any) -> Any:
         text = reply.read().decode()
         return json.loads(text.strip().split("\n")[-1]) if text.startswith("{") else text  # a stream's last line
@@ -106,8 +107,9 @@ def test_the_tools_request_from_its_page(chain: str) -> None:
     status, headers, reply = send(chain, "/api/generate", ASK, Origin="http://localhost:5173")
     assert (status, reply["response"], reply["done"]) == (200, " energy grid", True)
     assert headers["Access-Control-Allow-Origin"] == "http://localhost:5173"
-    preflight = urllib.request.Request(chain + "/api/generate", method="OPTIONS",
-                                       headers={"Origin": "http://localhost:4173"})  # fmt: skip
+    preflight = urllib.request.Request(
+        chain + "/api/generate", method="OPTIONS", headers={"Origin": "http://localhost:4173"}
+    )
     with urllib.request.urlopen(preflight, timeout=10) as reply:
         assert reply.status == 204
         assert reply.headers["Access-Control-Allow-Headers"] == "Content-Type"
@@ -147,14 +149,20 @@ def test_the_prompt_is_that_of_training_and_a_system_text_opens_it(toys: dict[st
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        (b"{", 400, "Expecting"), (b'{"model": "\xff"}', 400, "utf"), ([], 400, "dictionary"), (b"[" * 5000, 400, ""),
-        ({"prompt": "hello"}, 400, "model"), ({**ASK, "prompt": 7}, 400, "prompt"),
+        (b"{", 400, "Expecting"),
+        (b'{"model": "\xff"}', 400, "utf"),
+        ([], 400, "dictionary"),
+        (b"[" * 5000, 400, ""),
+        ({"prompt": "hello"}, 400, "model"),
+        ({**ASK, "prompt": 7}, 400, "prompt"),
         ({**ASK, "options": {"temperature": "hot"}}, 400, "temperature"),
-        ({**ASK, "raw": True}, 400, "not supported here: raw"), ({**ASK, "format": "json"}, 400, "format"),
-        ({**ASK, "prompt": "word " * 4000}, 400, "tokens"), ({**ASK, "model": "100% other"}, 404, "not found"),
+        ({**ASK, "raw": True}, 400, "not supported here: raw"),
+        ({**ASK, "format": "json"}, 400, "format"),
+        ({**ASK, "prompt": "word " * 4000}, 400, "tokens"),
+        ({**ASK, "model": "100% other"}, 404, "not found"),
         ({**ASK, "messages": [{"role": "user", "content": "a"}] * 2}, 400, "one user message"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_get_ollamas_kind_of_error(body: Any, status: int, words: str, chain: str) -> None:
     found, _, reply = send(chain, "/api/generate", body)
     assert found == status
@@ -178,11 +186,15 @@ def test_a_huge_body_is_refused_before_it_is_read(chain: str) -> None:
 @pytest.mark.parametrize(
     ("header", "value", "status"),
     [
-        ("Origin", "https://evil.example", 403), ("Origin", "http://localhost.evil.example", 403),
-        ("Origin", "null", 403), ("Origin", "http://127.0.0.1:4173", 200), ("Origin", "https://localhost", 200),
-        ("Host", "evil.example:11434", 403), ("Host", "localhost:11434", 200),
+        ("Origin", "https://evil.example", 403),
+        ("Origin", "http://localhost.evil.example", 403),
+        ("Origin", "null", 403),
+        ("Origin", "http://127.0.0.1:4173", 200),
+        ("Origin", "https://localhost", 200),
+        ("Host", "evil.example:11434", 403),
+        ("Host", "localhost:11434", 200),
     ],
-)  # fmt: skip
+)
 def test_only_this_computers_own_pages_get_in(path: str, header: str, value: str, status: int, chain: str) -> None:
     found, headers, _ = send(chain, path, **{header: value})
     assert found == status

@@ -55,13 +55,29 @@ GOOD = """**Initial Reaction**: A renewable share of 64.2% in 2030 asks a lot of
 
 
 def row(i: int = 0, scenario_id: str = "s0", prompt: str = PROMPT, **more: str) -> dict:
-    return {"id": f"r{i}", "prompt": prompt, "scenario_id": scenario_id, "scenario": "Wind first", "country": "Kenya",
-            "stakeholder_id": "grid-operators", "stakeholder": "Grid Operators", **more}  # fmt: skip
+    return {
+        "id": f"r{i}",
+        "prompt": prompt,
+        "scenario_id": scenario_id,
+        "scenario": "Wind first",
+        "country": "Kenya",
+        "stakeholder_id": "grid-operators",
+        "stakeholder": "Grid Operators",
+        **more,
+    }
 
 
 def answer(text: str, i: int = 0, system: str = "tuned", stopped: bool = True, seconds: float = 2.0) -> dict:
-    return {"row_id": f"r{i}", "system": system, "gguf": "m.gguf", "text": text, "stopped": stopped,
-            "new_tokens": len(text.split()), "prompt_tokens": 9, "seconds": seconds}  # fmt: skip
+    return {
+        "row_id": f"r{i}",
+        "system": system,
+        "gguf": "m.gguf",
+        "text": text,
+        "stopped": stopped,
+        "new_tokens": len(text.split()),
+        "prompt_tokens": 9,
+        "seconds": seconds,
+    }
 
 
 def measured(text: str, **more: bool) -> dict:
@@ -304,8 +320,10 @@ def test_many_measures_and_shared_luck_hardly_ever_make_a_difference() -> None:
         table = scored([False] * 360, [False] * 360, 9).drop(columns="has_sections")
         found = compare(table.assign(**dict(zip(names, values.reshape(720, 9).T, strict=True))), names)
         wrong += (found["verdict"] != "cannot tell").any()
-        alone += any(binomtest(int(up), int(up + down)).pvalue < 0.05 / 9 for up, down in zip(
-            (values[1] & ~values[0]).sum(0), (values[0] & ~values[1]).sum(0), strict=True))
+        alone += any(
+            binomtest(int(up), int(up + down)).pvalue < 0.05 / 9
+            for up, down in zip((values[1] & ~values[0]).sum(0), (values[0] & ~values[1]).sum(0), strict=True)
+        )
     assert len(names) == 9 and wrong <= 5 < alone, (wrong, alone)  # the twin: McNemar alone, after Holm
 
 
@@ -435,6 +453,12 @@ def test_damage_in_the_middle_is_reported_not_skipped(run: SimpleNamespace) -> N
 
 def test_progress_tells_how_far(run: SimpleNamespace) -> None:
     said: list[str] = []
-    answers(run, "tuned", run.path("m.gguf"), [row(i, prompt=f"p{i}") for i in range(3)], engine_factory=FakeEngine(),
-            progress=said.append)  # fmt: skip
+    answers(
+        run,
+        "tuned",
+        run.path("m.gguf"),
+        [row(i, prompt=f"p{i}") for i in range(3)],
+        engine_factory=FakeEngine(),
+        progress=said.append,
+    )
     assert any("3/3 answers" in line for line in said)

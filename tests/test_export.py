@@ -73,7 +73,7 @@ SPOILS = {
     "architectures is ['Llama'], the base has": lambda f: spoil_config(f, "architectures", ["Llama"]),
     "vocab_size is 3001, the base has 3000": lambda f: spoil_config(f, "vocab_size", 3001),
     "3000 embedding rows, vocab_size 2999": lambda f: spoil_config(f, "vocab_size", 2999),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", SPOILS)

@@ -204,8 +204,18 @@ def test_the_learning_rate_is_that_of_transformers_at_every_step(schedule: str) 
 
 
 # 20 steps of two rows, each logged, that learn three sentences by heart
-CURVE = replace(PRECISE, name="curve", rank=8, alpha=16, layers=None, learning_rate=0.01, accumulate=2, warmup=0.1,
-                validate_per_epoch=20, patience=99)  # fmt: skip
+CURVE = replace(
+    PRECISE,
+    name="curve",
+    rank=8,
+    alpha=16,
+    layers=None,
+    learning_rate=0.01,
+    accumulate=2,
+    warmup=0.1,
+    validate_per_epoch=20,
+    patience=99,
+)
 
 
 def loss_curve(run: Run, recipe: Recipe, backend: str, start: Path) -> list[float]:

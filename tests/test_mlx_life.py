@@ -33,8 +33,17 @@ from stakelib.training.keep import by_step
 from stakelib.training.mlx_memory import M1_LIMIT_GB, settle_mlx
 
 # 32 steps of two rows, a validation and a checkpoint every 4; the one sentence is known by heart at the end
-LIVELY = replace(PRECISE, name="lively", rank=8, alpha=16, layers=None, learning_rate=0.02, accumulate=2,
-                 dropout=0.05, validate_per_epoch=8)  # fmt: skip
+LIVELY = replace(
+    PRECISE,
+    name="lively",
+    rank=8,
+    alpha=16,
+    layers=None,
+    learning_rate=0.02,
+    accumulate=2,
+    dropout=0.05,
+    validate_per_epoch=8,
+)
 
 
 def open_run(folder: Path, model: str, rows: int = 64) -> Run:

@@ -101,9 +101,7 @@ def test_a_loss_that_is_no_number_names_its_row_and_keeps_the_last_good_checkpoi
     assert all(bool(t.isfinite().all()) for t in tensors(run).values())
 
 
-def test_a_loss_far_above_its_start_stops_the_run(
-    tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_far_above_its_start_stops_the_run(tiny: BaseModel, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model cannot get worse than chance whatever the rate, so its loss is raised by hand."""
     from stakelib.training import peft_backend
 
@@ -124,8 +122,17 @@ def test_a_loss_far_above_its_start_stops_the_run(
     assert not adapter_folder(run).exists()
 
 
-@pytest.mark.parametrize(("losses", "stops"), [([3, 6], False), ([3, 6, 4], False), ([3, 4, 6, 6], True),
-                                               ([3, 5.1, 5.1], True), ([3, 4.9, 9], False), ([3], False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [
+        ([3, 6], False),
+        ([3, 6, 4], False),
+        ([3, 4, 6, 6], True),
+        ([3, 5.1, 5.1], True),
+        ([3, 4.9, 9], False),
+        ([3], False),
+    ],
+)
 def test_one_odd_window_is_no_divergence_two_are(losses: list[float], stops: bool) -> None:
     watch = Watch(50, [f"row {i}" for i in range(50)], ONE_BY_ONE)
     state = SimpleNamespace(global_step=5 * len(losses), log_history=[{"loss": x} for x in losses], best_global_step=0)
@@ -344,8 +351,17 @@ def test_where_no_lock_can_be_made_it_is_said_and_work_goes_on(
 
 # ------------------------------------------------------------------------------------------------- kill -9
 
-LONG = Recipe(name="long", rank=8, alpha=16, layers=None, learning_rate=0.005, tuned_width=None, accumulate=1,
-              validate_per_epoch=8, max_length=96)  # fmt: skip
+LONG = Recipe(
+    name="long",
+    rank=8,
+    alpha=16,
+    layers=None,
+    learning_rate=0.005,
+    tuned_width=None,
+    accumulate=1,
+    validate_per_epoch=8,
+    max_length=96,
+)
 TRAINS = """
 import sys, time
 sys.path[:0] = {path!r}
@@ -412,8 +428,12 @@ def half_files(folder: Path) -> list[str]:
     """Visible files that cannot be read, and visible checkpoints that are not whole; hidden ones are nobody's."""
     from safetensors.torch import load_file
 
-    read = {".json": lambda p: json.loads(p.read_text(encoding="utf-8")), ".safetensors": load_file,
-            ".pt": torch.load, ".pth": lambda p: torch.load(p, weights_only=False)}  # fmt: skip
+    read = {
+        ".json": lambda p: json.loads(p.read_text(encoding="utf-8")),
+        ".safetensors": load_file,
+        ".pt": torch.load,
+        ".pth": lambda p: torch.load(p, weights_only=False),
+    }
     found = []
     for file in [p for p in folder.rglob("*") if p.is_file() and p.suffix in read]:
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):

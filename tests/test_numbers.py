@@ -105,23 +105,28 @@ def test_not_grounded(text: str, reason: str) -> None:
     assert reason in [miss.reason for miss in ungrounded(text, PROMPT)]
 
 
-CHANGES = "- Peak Demand: 1,020 MW (2030), 1,320 MW (2040)\n- Solar Capacity: 385 MW (2030), 920 MW (2040)\n" \
+CHANGES = (
+    "- Peak Demand: 1,020 MW (2030), 1,320 MW (2040)\n- Solar Capacity: 385 MW (2030), 920 MW (2040)\n"
     "- Renewable Share 2030: 64.2%\n- Renewable Share 2040: 82.1%"
+)
 
 
-@pytest.mark.parametrize(("right", "wrong"), [
-    ("about 900 MW of solar in 2040", "about 500 MW of solar in 2040"),
-    ("about 80% renewables in 2040", "nearly 80% renewables in 2040"),
-    ("nearly 400 MW of solar in 2030", "nearly 100% renewables in 2040"),
-    ("Peak demand rises by 300 MW.", "Storage rises by 300 MW."),
-    ("Solar grows by 535 MW.", "Storage of 535 MW is more than we need."),
-    ("Peak demand grows by 29.4%.", "Peak demand grows to 29.4%."),
-    ("The renewable share rises to 82.1% by 2040.", "The renewable share rises to 28% by 2040."),
-    ("Between 2030 and 2040 solar grows from 385 MW to 920 MW.", "In 2040 solar grows from 385 MW to 920 MW."),
-    ("The 2030 and 2040 shares are 64.2% and 82.1%.", "The 2040 share is 64.2%."),
-    ("385,000 kW of solar", "385,000 kWh of solar"),
-    ("385 megawatts of solar", "385,000 kilowatt-hours of solar"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("about 900 MW of solar in 2040", "about 500 MW of solar in 2040"),
+        ("about 80% renewables in 2040", "nearly 80% renewables in 2040"),
+        ("nearly 400 MW of solar in 2030", "nearly 100% renewables in 2040"),
+        ("Peak demand rises by 300 MW.", "Storage rises by 300 MW."),
+        ("Solar grows by 535 MW.", "Storage of 535 MW is more than we need."),
+        ("Peak demand grows by 29.4%.", "Peak demand grows to 29.4%."),
+        ("The renewable share rises to 82.1% by 2040.", "The renewable share rises to 28% by 2040."),
+        ("Between 2030 and 2040 solar grows from 385 MW to 920 MW.", "In 2040 solar grows from 385 MW to 920 MW."),
+        ("The 2030 and 2040 shares are 64.2% and 82.1%.", "The 2040 share is 64.2%."),
+        ("385,000 kW of solar", "385,000 kWh of solar"),
+        ("385 megawatts of solar", "385,000 kilowatt-hours of solar"),
+    ],
+)
 def test_hedges_changes_and_two_years_do_not_hide_a_wrong_figure(right: str, wrong: str) -> None:
     assert ungrounded(right, CHANGES, derived=True) == [] and ungrounded(wrong, CHANGES, derived=True)
 
@@ -176,8 +181,28 @@ def test_never_fails_on_any_text(text: str) -> None:
     assert ungrounded(text, text) == [] or all(m.reason for m in ungrounded(text, text))
 
 
-ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+ONES = [
+    "",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -231,7 +256,9 @@ def test_no_form_of_an_invented_number_slips_through(value: int, before: str, af
 
 
 @settings(max_examples=100)
-@given(st.sampled_from(["24/7", "SDG7", "SDG 13", "N-1", "COP28", "CASA-1000", "Scope 2", "3rd", "1.5 °C", "CO2"]),
-       st.sampled_from(["we need {} here", "{}", "by {} rules, always", "({})"]))  # fmt: skip
+@given(
+    st.sampled_from(["24/7", "SDG7", "SDG 13", "N-1", "COP28", "CASA-1000", "Scope 2", "3rd", "1.5 °C", "CO2"]),
+    st.sampled_from(["we need {} here", "{}", "by {} rules, always", "({})"]),
+)
 def test_names_and_idioms_in_any_place_are_no_figures(name: str, around: str) -> None:
     assert mentions(around.format(name)) == []

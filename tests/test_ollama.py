@@ -32,11 +32,15 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 ).replace("\n", "\\n")
 ASKED = [
-    (PROMPT, ""), (PROMPT, "Answer as a grid operator."), ("{{ .System }} {{ if }} {{/* x */}} {% raw %} $x", ""),
-    ("Prompt", "{{ .Prompt }} {{ end }}"), ("Île de Gorée · 電力 · ⚡ 64,2 %\u00a0\u2028MW", "Répondez."),
+    (PROMPT, ""),
+    (PROMPT, "Answer as a grid operator."),
+    ("{{ .System }} {{ if }} {{/* x */}} {% raw %} $x", ""),
+    ("Prompt", "{{ .Prompt }} {{ end }}"),
+    ("Île de Gorée · 電力 · ⚡ 64,2 %\u00a0\u2028MW", "Répondez."),
     ("<b>bold</b> & <script>\"quoted\" 'x'</script> \\n \\u0041", "a < b && c > d"),
-    ("first\n\n\nthird\r\n\ttabbed\n- item", "one\ntwo\n"), ('three quotes """ inside', '"""'),
-]  # fmt: skip
+    ("first\n\n\nthird\r\n\ttabbed\n- item", "one\ntwo\n"),
+    ('three quotes """ inside', '"""'),
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,13 @@ def by_go(text: str, asked: list[tuple[str, str]], place: Path) -> list[str]:
         pytest.skip("Go is not installed: only the Python twin of its template engine was tested")
     order = {"template": _template_of(text), "asked": [{"Prompt": p, "System": s} for p, s in asked]}
     env = {**os.environ, "GOCACHE": str(place / "go"), "GO111MODULE": "off", "GOFLAGS": ""}
-    done = subprocess.run([go, "run", str(Path(__file__).parent / "data" / "template.go")], env=env,
-                          input=json.dumps(order), capture_output=True, encoding="utf-8")  # fmt: skip
+    done = subprocess.run(
+        [go, "run", str(Path(__file__).parent / "data" / "template.go")],
+        env=env,
+        input=json.dumps(order),
+        capture_output=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -152,9 +161,12 @@ def server(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shown = _template_of((made.run.folder / "Modelfile").read_text(encoding="utf-8"))
     FakeOllama.calls = []
     FakeOllama.said = {
-        "/api/version": {"version": "0.99.0"}, "/api/show": {"template": shown}, "warm": {"load_duration": 5 * 10**8},
-        "/api/generate": {"response": " " + ours.text, **counts}, "/api/delete": {},
-    }  # fmt: skip
+        "/api/version": {"version": "0.99.0"},
+        "/api/show": {"template": shown},
+        "warm": {"load_duration": 5 * 10**8},
+        "/api/generate": {"response": " " + ours.text, **counts},
+        "/api/delete": {},
+    }
     tool = tmp_path / "bin" / "ollama"
     tool.parent.mkdir()
     check = "sys.exit(sys.argv[1] + sys.argv[3] != 'create-f' or not pathlib.Path(sys.argv[4]).exists())"
@@ -174,7 +186,11 @@ def server(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_ollama_says_what_llama_cpp_says(made: SimpleNamespace, server: str) -> None:
     found = ollama_hop(made.run, PROMPT, server)
     assert (found["version"], found["same_template"], found["same_tokens"], found["same_text"]) == (
-        "0.99.0", True, True, True)  # fmt: skip
+        "0.99.0",
+        True,
+        True,
+        True,
+    )
     assert found["load_s"] == 0.5 and found["tokens_per_s"] > 1
     assert FakeOllama.calls[-1] == ("DELETE", "/api/delete")
     FakeOllama.said["/api/generate"] |= {"response": "something else"}

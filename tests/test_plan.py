@@ -61,9 +61,16 @@ def test_every_model_of_the_catalogue_has_a_shape(tiny: BaseModel) -> None:
 # ------------------------------------------------------------------------------------------------- memory
 
 SMALL = {
-    "vocab_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 96,
-    "intermediate_size": 256, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 
 
 def saved_bytes(config: Any, recipe: Recipe, tokens: int, dtype: str) -> int:

@@ -61,16 +61,37 @@ def another_year(row: Row, _: int) -> str | None:
     return None
 
 
-TURNED = [("peak demand growing", "peak demand declining"), ("peak demand climbing", "peak demand dropping"),
-          ("peak demand surging", "peak demand falling"), ("investment growing from", "investment falling from"),
-          ("total investment rising", "total investment shrinking"),
-          ("hydro expanding", "a decline of hydro"), ("hydro growing", "hydro shrinking")]  # fmt: skip
-NAMES = {"re_share": "the renewable share", "investment": "investment", "jobs": "jobs", "peak": "peak demand",
-         "storage": "storage", "solar": "solar", "wind": "wind", "hydro": "hydro", "gas": "gas", "coal": "coal",
-         "emissions": "emissions"}  # fmt: skip
-FORMS = cycle(("{name} {verb} steadily", "{verbs} {name} worries us", "{name} {verb} from {a} to {b}",
-               "the {noun} of {name} by {year} comes too early",
-               "{name} of {b} in {year} has {verb_past}"))  # fmt: skip
+TURNED = [
+    ("peak demand growing", "peak demand declining"),
+    ("peak demand climbing", "peak demand dropping"),
+    ("peak demand surging", "peak demand falling"),
+    ("investment growing from", "investment falling from"),
+    ("total investment rising", "total investment shrinking"),
+    ("hydro expanding", "a decline of hydro"),
+    ("hydro growing", "hydro shrinking"),
+]
+NAMES = {
+    "re_share": "the renewable share",
+    "investment": "investment",
+    "jobs": "jobs",
+    "peak": "peak demand",
+    "storage": "storage",
+    "solar": "solar",
+    "wind": "wind",
+    "hydro": "hydro",
+    "gas": "gas",
+    "coal": "coal",
+    "emissions": "emissions",
+}
+FORMS = cycle(
+    (
+        "{name} {verb} steadily",
+        "{verbs} {name} worries us",
+        "{name} {verb} from {a} to {b}",
+        "the {noun} of {name} by {year} comes too early",
+        "{name} of {b} in {year} has {verb_past}",
+    )
+)
 VERBS = {True: ("falls", "falling", "decline", "declined"), False: ("rises", "rising", "growth", "increased")}
 
 
@@ -85,19 +106,26 @@ def flipped(row: Row, _: int) -> str | None:
         years = sorted((m.year, m.value) for m in told if m.metric == a.metric)
         if a.metric == b.metric and len(years) == 2 and a.value != b.value:
             verb, verbs, noun, past = VERBS[b.value > a.value]
-            said = next(FORMS).format(name=NAMES[a.metric], a=a.text, b=b.text, year=b.year, verb=verb, verbs=verbs,
-                                      noun=noun, verb_past=past)  # fmt: skip
+            said = next(FORMS).format(
+                name=NAMES[a.metric], a=a.text, b=b.text, year=b.year, verb=verb, verbs=verbs, noun=noun, verb_past=past
+            )
             return put(text, said[0].upper() + said[1:])
     return None
 
 
-CLAIMS = cycle({"storage": "The storage of 300 MW by 2030 is thin", "coal": "Coal plants close too late",
-                "jobs": "The created jobs numbering 4,200 in 2030 are few",
-                "emissions": "An emissions cut of 45% by 2040 is bold",
-                "gas": "The gas fleet stays in service too long",
-                "interconnector": "The interconnectors run at full load",
-                "peak demand": "Peak demand of 900 MW in 2030 is high", "diesel": "Diesel units carry the evening",
-                "geothermal": "Geothermal wells cool down"}.items())  # fmt: skip
+CLAIMS = cycle(
+    {
+        "storage": "The storage of 300 MW by 2030 is thin",
+        "coal": "Coal plants close too late",
+        "jobs": "The created jobs numbering 4,200 in 2030 are few",
+        "emissions": "An emissions cut of 45% by 2040 is bold",
+        "gas": "The gas fleet stays in service too long",
+        "interconnector": "The interconnectors run at full load",
+        "peak demand": "Peak demand of 900 MW in 2030 is high",
+        "diesel": "Diesel units carry the evening",
+        "geothermal": "Geothermal wells cool down",
+    }.items()
+)
 
 
 def invented_metric(row: Row, _: int) -> str | None:
@@ -161,8 +189,11 @@ def test_planted_faults_are_found_and_clean_text_is_left_alone(
 
 
 def test_the_classifier_hears_all_nine_of_other_countries(world: SimpleNamespace) -> None:
-    table = score(world.judged[:90], [{**answer(r["completion"]), "row_id": r["id"]} for r in world.judged[:90]],
-                  listener=world.listener)  # fmt: skip
+    table = score(
+        world.judged[:90],
+        [{**answer(r["completion"]), "row_id": r["id"]} for r in world.judged[:90]],
+        listener=world.listener,
+    )
     matrix = confusion(table)
     assert matrix.to_numpy().sum() == 90 and set(matrix.index) == set(STAKEHOLDERS)
     assert sum(matrix.loc[who, who] for who in STAKEHOLDERS) >= 88
@@ -177,13 +208,17 @@ def test_a_voice_is_not_heard_by_its_name_or_priorities(world: SimpleNamespace) 
     assert "dispatch" in masked("Our dispatch room", row)
 
 
-@pytest.mark.parametrize("given", [
-    lambda r: r["prompt"],
-    lambda r: "\n".join(x for x in r["prompt"].splitlines() if x.startswith("- ")),
-    lambda r: " ".join(w for p in STAKEHOLDERS[r["stakeholder_id"]].priorities for w in p.split()[::-1]),
-    lambda r: " ".join(re.sub(r"\W|\band\b", " ", p) for p in STAKEHOLDERS[r["stakeholder_id"]].priorities[::-1]),
-    lambda r: STAKEHOLDERS[r["stakeholder_id"]].name.split()[0].lower() + "-minded people answer here",
-], ids=["prompt", "data lines", "priorities reversed", "priorities in other order", "a word of the name"])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda r: r["prompt"],
+        lambda r: "\n".join(x for x in r["prompt"].splitlines() if x.startswith("- ")),
+        lambda r: " ".join(w for p in STAKEHOLDERS[r["stakeholder_id"]].priorities for w in p.split()[::-1]),
+        lambda r: " ".join(re.sub(r"\W|\band\b", " ", p) for p in STAKEHOLDERS[r["stakeholder_id"]].priorities[::-1]),
+        lambda r: STAKEHOLDERS[r["stakeholder_id"]].name.split()[0].lower() + "-minded people answer here",
+    ],
+    ids=["prompt", "data lines", "priorities reversed", "priorities in other order", "a word of the name"],
+)
 def test_what_the_prompt_gives_away_is_no_voice(world: SimpleNamespace, given: Callable[[Row], str]) -> None:
     """Chance is one in nine; with exact names masked and nothing else, these were heard in 23 to 78 of a hundred."""
     voices = heard(world.listener, [given(r) for r in world.judged], world.judged)
@@ -203,20 +238,26 @@ PROMPT = """- Country: Kenya
 **Stakeholder Priorities**: flexibility and storage"""
 
 
-@pytest.mark.parametrize(("wrong", "right"), [
-    ("Coal will rise by 2040.", "Coal will fall by 2040."),
-    ("The growth of coal is a shame.", "The decline of coal is a relief."),
-    ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 rises."),
-    ("It drops from 60.0% to 80.0%.", "It climbs from 60.0% to 80.0%."),
-    ("We go from 60.0% in 2030 to 80.0% in 2040, a fall.", "We go from 60.0% in 2030 to 80.0% in 2040, a rise."),
-    ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 falls short of our needs."),
-    ("The renewable share is lowered.", "The renewable share of 80.0% in 2040 lowers inertia."),
-    ("We see rising emissions.", "We see falling emissions."),
-    ("Renewables decline.", "If renewables decline, we leave."),
-    ("Coal grows.", "Must coal grow?"),
-    ("Higher emissions follow.", "We want higher emissions cuts."),
-    ("There will be a smaller share of renewables and fewer renewables.", "Fewer renewables would be a shame."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("Coal will rise by 2040.", "Coal will fall by 2040."),
+        ("The growth of coal is a shame.", "The decline of coal is a relief."),
+        ("The renewable share of 80.0% in 2040 falls.", "The renewable share of 80.0% in 2040 rises."),
+        ("It drops from 60.0% to 80.0%.", "It climbs from 60.0% to 80.0%."),
+        ("We go from 60.0% in 2030 to 80.0% in 2040, a fall.", "We go from 60.0% in 2030 to 80.0% in 2040, a rise."),
+        (
+            "The renewable share of 80.0% in 2040 falls.",
+            "The renewable share of 80.0% in 2040 falls short of our needs.",
+        ),
+        ("The renewable share is lowered.", "The renewable share of 80.0% in 2040 lowers inertia."),
+        ("We see rising emissions.", "We see falling emissions."),
+        ("Renewables decline.", "If renewables decline, we leave."),
+        ("Coal grows.", "Must coal grow?"),
+        ("Higher emissions follow.", "We want higher emissions cuts."),
+        ("There will be a smaller share of renewables and fewer renewables.", "Fewer renewables would be a shame."),
+    ],
+)
 def test_a_rise_called_a_fall_is_seen(wrong: str, right: str) -> None:
     assert wrong_way(wrong, PROMPT) and not wrong_way(right, PROMPT)
 
@@ -256,12 +297,15 @@ def test_a_metric_of_one_year_has_no_direction() -> None:
     assert not wrong_way("Storage falls. Gas rises.", PROMPT + "\n- Storage Capacity: 40 MW (2030)")
 
 
-@pytest.mark.parametrize(("wrong", "right", "word"), [
-    ("The gas fleet stays.", "The coal fleet stays.", "gas"),
-    ("Storage of 300 MW helps.", "We care for storage.", "storage"),  # a priority may be named, not counted
-    ("The jobs come late.", "No figure on jobs is given.", "jobs"),
-    ("Diesel runs at night.", "Does diesel run at night?", "diesel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "right", "word"),
+    [
+        ("The gas fleet stays.", "The coal fleet stays.", "gas"),
+        ("Storage of 300 MW helps.", "We care for storage.", "storage"),  # a priority may be named, not counted
+        ("The jobs come late.", "No figure on jobs is given.", "jobs"),
+        ("Diesel runs at night.", "Does diesel run at night?", "diesel"),
+    ],
+)
 def test_a_claim_without_data_is_seen(wrong: str, right: str, word: str) -> None:
     assert unfounded(wrong, PROMPT) == [word] and unfounded(right, PROMPT) == []
 

@@ -13,10 +13,13 @@ from stakelib.export import product
 from stakelib.run import CourseError, sha256
 
 PROOF = {
-    "hops": {n: {"nll": 1.25, "kl": 0.001, "top": 0.991} for n in ("base", "merged", "f16", "q8")} | {
-        "adapter": {"nll": 1.25, "kl": None, "top": None}},
-    "engine": {"q8": {"stopped": 1.0}}, "rows": 8, "prompts": 4, "answers": "judged",
-}  # fmt: skip
+    "hops": {n: {"nll": 1.25, "kl": 0.001, "top": 0.991} for n in ("base", "merged", "f16", "q8")}
+    | {"adapter": {"nll": 1.25, "kl": None, "top": None}},
+    "engine": {"q8": {"stopped": 1.0}},
+    "rows": 8,
+    "prompts": 4,
+    "answers": "judged",
+}
 
 
 def proved(copied: SimpleNamespace, quantisation: str = "q8") -> None:

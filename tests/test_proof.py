@@ -89,14 +89,15 @@ def spoil_folding(made: SimpleNamespace, copied: SimpleNamespace) -> None:
 
 FAULTS: dict[str, Callable[[SimpleNamespace, SimpleNamespace], Any]] = {
     "the merged model equals its base": spoil_merged,
-    "stakeholder-tiny-gemma-merged: tokenizer.model of the base is missing":
-        lambda made, copied: (copied.merged / "tokenizer.model").unlink(),
+    "stakeholder-tiny-gemma-merged: tokenizer.model of the base is missing": lambda made, copied: (
+        copied.merged / "tokenizer.model"
+    ).unlink(),
     "q8: its own chat template wraps a prompt otherwise": spoil_template,
     "Modelfile: its TEMPLATE wraps a prompt otherwise": spoil_recipe,
     "TEMPLATE wraps a prompt otherwise than": spoil_folding,
     "f16: ": lambda made, copied: shutil.copyfile(made.wrong["f16"], copied.files["f16"]),
     "q8: ": lambda made, copied: shutil.copyfile(made.wrong["q8"], copied.files["q8"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", FAULTS)
@@ -149,14 +150,24 @@ def good() -> dict[str, Any]:
     return {"nll": loss, "hops": {n: {"top": 0.99} for n in names}, "engine": {q: dict(said) for q in names[3:]}}
 
 
-@pytest.mark.parametrize(("path", "passes", "fails"), [
-    (("nll", "f16"), 1.004, 1.006), (("nll", "q8"), 1.009, 1.011), (("nll", "q4"), 9.0, None),
-    (("nll", "merged"), 1.004, 1.2), (("hops", "f16", "top"), 0.981, 0.979), (("hops", "q8", "top"), 0.5, None),
-    (("engine", "f16", "agree"), 0.96, 0.94), (("engine", "q4", "agree"), 0.5, None),
-    (("engine", "q8", "unused"), 0, 1), (("engine", "q8", "stopped"), 0.75, 0.74),
-    (("engine", "q4", "stopped"), 0.1, None),
-    (("engine", "q4", "same_template"), True, False), (("engine", "q8", "same_ids"), True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "passes", "fails"),
+    [
+        (("nll", "f16"), 1.004, 1.006),
+        (("nll", "q8"), 1.009, 1.011),
+        (("nll", "q4"), 9.0, None),
+        (("nll", "merged"), 1.004, 1.2),
+        (("hops", "f16", "top"), 0.981, 0.979),
+        (("hops", "q8", "top"), 0.5, None),
+        (("engine", "f16", "agree"), 0.96, 0.94),
+        (("engine", "q4", "agree"), 0.5, None),
+        (("engine", "q8", "unused"), 0, 1),
+        (("engine", "q8", "stopped"), 0.75, 0.74),
+        (("engine", "q4", "stopped"), 0.1, None),
+        (("engine", "q4", "same_template"), True, False),
+        (("engine", "q8", "same_ids"), True, False),
+    ],
+)
 def test_each_limit_holds_on_both_sides(good: dict[str, Any], path: tuple, passes: float, fails: float | None) -> None:
     assert verdict(good) == []
     assert verdict(change(good, *path, passes)) == []
@@ -170,8 +181,9 @@ def test_a_loss_that_is_no_number_never_passes(good: dict[str, Any], name: str) 
 
 
 def test_a_random_models_answers_are_not_judged_but_its_ids_are(good: dict[str, Any]) -> None:
-    babble = change(change(change(good, "engine", "q8", "stopped", 0.0), "engine", "q8", "unused", 2),
-                    "engine", "f16", "agree", 0.1)  # fmt: skip
+    babble = change(
+        change(change(good, "engine", "q8", "stopped", 0.0), "engine", "q8", "unused", 2), "engine", "f16", "agree", 0.1
+    )
     assert len(verdict(babble)) == 3 and verdict(babble, judged=False) == []
     assert len(verdict(change(babble, "engine", "q8", "same_ids", False), judged=False)) == 1
 
@@ -180,9 +192,7 @@ def test_a_random_models_answers_are_not_judged_but_its_ids_are(good: dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])  # Gemma 2 bends its logits after the output layer
-def test_kept_states_give_the_whole_distribution(
-    kind: str, tiny_cache: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_kept_states_give_the_whole_distribution(kind: str, tiny_cache: Path, tokenizer: Any, tmp_path: Path) -> None:
     tiny = tiny_cache / "models" / "tiny-gemma"
     rows = [render(tokenizer, "Kenya", f"Solar energy costs {n} MW.") for n in (1, 2)]
     ours, other = (load_weights(shaped_model(tiny, tmp_path / str(s), kind, s), dtype="float32") for s in (0, 1))

@@ -35,13 +35,18 @@ def test_a_wrong_number_is_caught(record: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("quick.04.minutes", "15"), ("quick.05.minutes", "1.0"), ("quick.report.minutes", "16"),
+        ("quick.04.minutes", "15"),
+        ("quick.05.minutes", "1.0"),
+        ("quick.report.minutes", "16"),
         ("quick.total.minutes", "26"),
-        ("quick.train.peak_gb", "1.9"), ("quick.train.disk_gb", "0.5"), ("quick.train.seconds", "630"),
-        ("quick.train.result.rows", "355"), ("quick.train.result.best_valid_loss", "0.87"),
+        ("quick.train.peak_gb", "1.9"),
+        ("quick.train.disk_gb", "0.5"),
+        ("quick.train.seconds", "630"),
+        ("quick.train.result.rows", "355"),
+        ("quick.train.result.best_valid_loss", "0.87"),
         ("quick.machine.cores", "2"),
     ],
-)  # fmt: skip
+)
 def test_figures_are_read_and_filled_in(record: Path, key: str, value: str) -> None:
     assert prose.figure(key) == value
     assert prose.fill(f"<!--={key}-->?<!--/-->") == f"<!--={key}-->{value}<!--/-->"
@@ -59,9 +64,13 @@ def test_an_evaluation_is_taken_with_its_intervals(tmp_path: Path, monkeypatch: 
     def line(system: str, value: float, kind: str = "share") -> dict:
         return {"measure": "m", "kind": kind, system: value, f"{system}_low": value / 2, f"{system}_high": value}
 
-    facts = {"prompts": 9, "scenarios": 3, "comparison": [line("base", 0.2) | line("tuned", 0.986)],
-             "rivals": {"prompted": {"m": line("prompted", 3, "number")}},
-             "totals": {"tuned": {"answers": 9, "numbers": 1300, "grounded": 1290, "faultless": 8}}}  # fmt: skip
+    facts = {
+        "prompts": 9,
+        "scenarios": 3,
+        "comparison": [line("base", 0.2) | line("tuned", 0.986)],
+        "rivals": {"prompted": {"m": line("prompted", 3, "number")}},
+        "totals": {"tuned": {"answers": 9, "numbers": 1300, "grounded": 1290, "faultless": 8}},
+    }
     record = {"stages": {"evaluation": prose.quality(facts)}, "notebooks": {}}
     monkeypatch.setattr(prose, "RECORDS", tmp_path)
     (tmp_path / "report.json").write_text(json.dumps(record), encoding="utf-8")

@@ -58,8 +58,11 @@ def warned(scenario: Scenario, text: str) -> list[str]:
 
 
 def sent(table: list[dict], year: int) -> float:
-    return sum(r["Value"] for r in table if r["Technology"].endswith("EL00T00") and r["Year"] == year
-               and r["Par/Var"] == "Output")  # fmt: skip
+    return sum(
+        r["Value"]
+        for r in table
+        if r["Technology"].endswith("EL00T00") and r["Year"] == year and r["Par/Var"] == "Output"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- SPLAT exports
@@ -85,8 +88,12 @@ def test_what_would_be_silently_wrong_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_file_under_another_name_is_the_same_scenario() -> None:
-    one = Scenario.model_validate({"metadata": {"country": "Kenya", "scenarioName": "Own", "sourceFile": "a.csv"},
-                                   "milestones": [{"year": 2030, "reShare": 60}]})
+    one = Scenario.model_validate(
+        {
+            "metadata": {"country": "Kenya", "scenarioName": "Own", "sourceFile": "a.csv"},
+            "milestones": [{"year": 2030, "reShare": 60}],
+        }
+    )
     two = one.model_copy(deep=True)
     two.metadata.sourceFile = "b.csv"
     assert scenario_id(one) == scenario_id(two)
@@ -228,8 +235,12 @@ def test_splat_problems_name_the_row(tmp_path: Path) -> None:
 
 def test_a_wrong_mapping_is_named(tmp_path: Path) -> None:
     data = written(tmp_path, text_of(BASE))
-    for change in ({"rules": [["TechSetL2", "(", "hydro"]]}, {"rules": [["TechSetL2", "x", "sunlight"]]},
-                   {"parameters": {"Output": "power"}}, {"colour": "green"}):  # fmt: skip
+    for change in (
+        {"rules": [["TechSetL2", "(", "hydro"]]},
+        {"rules": [["TechSetL2", "x", "sunlight"]]},
+        {"parameters": {"Output": "power"}},
+        {"colour": "green"},
+    ):
         with pytest.raises(CourseError, match="mapping.yaml"):
             load(data, mapping=edited_mapping(tmp_path, **change))
     with pytest.raises(CourseError, match="none.yaml"):
@@ -243,8 +254,14 @@ def test_the_same_content_in_another_dress(tmp_path: Path) -> None:
     text = text_of(BASE)
     assert '"E_Blue River, stage 1 (H)"' in text  # a comma in quotes moves no column
     blanks = text.replace("\nbase,", "\n base ,", 9)
-    for other in (text_of(BASE, "\r\n"), blanks, "\ufeff" + text, text + "\n\n", text.replace(",ktons,", ",kt,"),
-                  "\n".join([text.splitlines()[0], *reversed(text.splitlines()[1:])])):  # fmt: skip
+    for other in (
+        text_of(BASE, "\r\n"),
+        blanks,
+        "\ufeff" + text,
+        text + "\n\n",
+        text.replace(",ktons,", ",kt,"),
+        "\n".join([text.splitlines()[0], *reversed(text.splitlines()[1:])]),
+    ):
         found = load(written(tmp_path, other))[0].milestones
         for a, b in zip(found, expected, strict=True):  # the order of rows moves the last digit of sums
             assert a.investment.cumulative == pytest.approx(b.investment.cumulative)
@@ -319,13 +336,21 @@ def test_doubts_are_said_and_change_nothing(tmp_path: Path) -> None:
     data = {
         "metadata": {"country": "A", "scenarioName": "B"},
         "milestones": [
-            {"year": 2025, "reShare": 50, "generation": {"output": {"renewables": 40, "fossil": 60}, "unit": "GWh"},
-             "investment": {"cumulative": 900, "unit": "m$"}},
-            {"year": 2030, "capacity": {"total": {"renewables": 50, "fossil": 60}, "unit": "MW"},
-             "peakDemand": {"value": 500, "unit": "MW"}, "investment": {"cumulative": 800, "unit": "m$"},
-             "emissions": {"total": 20_000, "unit": "Mt CO2"}},
+            {
+                "year": 2025,
+                "reShare": 50,
+                "generation": {"output": {"renewables": 40, "fossil": 60}, "unit": "GWh"},
+                "investment": {"cumulative": 900, "unit": "m$"},
+            },
+            {
+                "year": 2030,
+                "capacity": {"total": {"renewables": 50, "fossil": 60}, "unit": "MW"},
+                "peakDemand": {"value": 500, "unit": "MW"},
+                "investment": {"cumulative": 800, "unit": "m$"},
+                "emissions": {"total": 20_000, "unit": "Mt CO2"},
+            },
         ],
-    }  # fmt: skip
+    }
     scenario = load(written(tmp_path, data))[0]
     for text in ("stated as 50 %, its generation gives 40.0", "peak demand is above", "below that", "20,000 Mt CO2"):
         assert warned(scenario, text)
@@ -379,20 +404,42 @@ def test_every_metric_explains_itself() -> None:
 
 
 def test_tool_mode_by_hand() -> None:
-    fleet = {"hydro": 100, "solarPV": 200, "solarCSP": 50, "wind": 50, "coal": 10, "gas": 90, "nuclear": 5,
-             "battery": 0, "pumpStorage": 40, "interconnector": 20}  # fmt: skip
+    fleet = {
+        "hydro": 100,
+        "solarPV": 200,
+        "solarCSP": 50,
+        "wind": 50,
+        "coal": 10,
+        "gas": 90,
+        "nuclear": 5,
+        "battery": 0,
+        "pumpStorage": 40,
+        "interconnector": 20,
+    }
     total = {"renewables": 400, "fossil": 100, "storage": 40, "other": 25}
     milestones = [
-        {"year": 2030, "reShare": 61.25, "capacity": {"total": total, "unit": "MW"},
-         "emissions": {"total": 2.0, "unit": "Mt CO2"}},
+        {
+            "year": 2030,
+            "reShare": 61.25,
+            "capacity": {"total": total, "unit": "MW"},
+            "emissions": {"total": 2.0, "unit": "Mt CO2"},
+        },
         {"year": 2040, "capacity": {"total": total, "unit": "MW"}, "emissions": {"total": 1.5, "unit": "Mt CO2"}},
-    ]  # fmt: skip
+    ]
     data = {"metadata": OLD["metadata"], "milestones": milestones, "detailedTech": {"2030": fleet}}
     found = derive_metrics(Scenario.model_validate(data), mode="tool").figures
     work = 100 * 12 + 200 * 10 + 50 * 8 + 10 * 4 + 5 * 10 + 20 * 5  # neither gas nor CSP nor pumped storage
     posts = 100 * 0.5 + 200 * 0.3 + 50 * 0.4 + 10 * 0.8 + 5 * 0.7 + 20 * 0.05
-    expected = {"construction_jobs": work, "operations_jobs": 143, "jobs": 3933, "land": 200 * 2 + 50 * 0.3 + 40 * 0.1,
-                "vre_share": 44.2, "fossil_share": 17.7, "re_share": 61.3, "emission_cut": 0}  # fmt: skip
+    expected = {
+        "construction_jobs": work,
+        "operations_jobs": 143,
+        "jobs": 3933,
+        "land": 200 * 2 + 50 * 0.3 + 40 * 0.1,
+        "vre_share": 44.2,
+        "fossil_share": 17.7,
+        "re_share": 61.3,
+        "emission_cut": 0,
+    }
     assert work == 3790 and posts == pytest.approx(142.5)  # half goes up
     assert {k: m.value for (k, y), m in found.items() if y == 2030} == expected
     # no fleet in 2040: 40/30/20/5/5 % of renewables, 20/50/15/15 % of fossil, storage is batteries, other is nuclear
@@ -409,10 +456,15 @@ SAMPLE = Path(os.environ.get("STAKE_TOOL_SAMPLE", "none"))
 def test_tool_mode_equals_the_tool_on_its_own_sample() -> None:
     (scenario,) = load(SAMPLE)
     found = derive_metrics(scenario, mode="tool").figures
-    oracle = {"construction_jobs": (5430, 10210, 19265, 28355), "operations_jobs": (324, 435, 777, 1110),
-              "jobs": (5754, 10645, 20042, 29465), "land": (206, 836, 1988, 3144),
-              "vre_share": (16.1, 39.5, 53.9, 58.7), "fossil_share": (43.7, 19.6, 3.5, 0.7),
-              "emission_cut": (0, 35.8, 73, 93)}  # fmt: skip
+    oracle = {
+        "construction_jobs": (5430, 10210, 19265, 28355),
+        "operations_jobs": (324, 435, 777, 1110),
+        "jobs": (5754, 10645, 20042, 29465),
+        "land": (206, 836, 1988, 3144),
+        "vre_share": (16.1, 39.5, 53.9, 58.7),
+        "fossil_share": (43.7, 19.6, 3.5, 0.7),
+        "emission_cut": (0, 35.8, 73, 93),
+    }
     for key, values in oracle.items():
         assert tuple(found[key, y].value for y in (2025, 2030, 2040, 2050)) == values
     assert derive_metrics(scenario).get("jobs", "near").value != 10645  # the course counts new capacity only

@@ -38,15 +38,18 @@ TRAINED = {"rows": 40, "precision": "bfloat16", "trainable_parameters": 1_000_00
 RECORD = {
     "stages": {
         "train": {
-            "seconds": 61.0, "peak_mb": 900, "outputs": {"adapter": {"bytes": 2_000_000, "sha256": "ab" * 32}},
+            "seconds": 61.0,
+            "peak_mb": 900,
+            "outputs": {"adapter": {"bytes": 2_000_000, "sha256": "ab" * 32}},
             "result": TRAINED,
         },
         "export": {"seconds": 9.0, "result": {"bytes": {"f16": 200_000_000}}},
-        "voices": {"seconds": 5000.0}, "page": {"seconds": 5000.0},  # made after the report: no part of its total
+        "voices": {"seconds": 5000.0},
+        "page": {"seconds": 5000.0},  # made after the report: no part of its total
     },
     "machine": {"processor": "Intel(R) Core(TM) i7-10610U"},
     "versions": {"torch": "2.13.0"},
-}  # fmt: skip
+}
 
 
 def make(
@@ -83,7 +86,7 @@ def test_every_rival_stands_beside_the_tuned_model_with_its_interval(tmp_path: P
     assert told["prompted"] == 0.5 and 0 < told["prompted_low"] < 0.5 < told["prompted_high"] < 1
     table = page.split('aria-label="Table of further rivals')[1].split("</table>")[0]
     low, high = (f"{100 * told[f'prompted_{end}']:.0f}" for end in ("low", "high"))
-    assert f'>50<small>[{low}, {high}]<br>{told["verdict"]}</small>' in table
+    assert f">50<small>[{low}, {high}]<br>{told['verdict']}</small>" in table
     assert "Base model, better prompt</th>" in table and "Tuned model, 4 bits</th>" in table
     assert "Table of further rivals" not in make(tmp_path / "none")[0]
 

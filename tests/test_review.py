@@ -59,11 +59,18 @@ def test_a_decision_is_on_disk_at_once_and_checked_at_once(folder: Path) -> None
 
 
 def test_a_killed_process_loses_nothing(folder: Path) -> None:
-    code = ("import sys, time; from stakelib import widgets; from stakelib.dialogues import Review\n"
-            "board = widgets._Board(Review(sys.argv[1])); board.text.value += ' Typed.'; print('typed', flush=True)\n"
-            "time.sleep(60)")  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, encoding="utf-8",
-                               cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONUTF8": "1"})  # fmt: skip
+    code = (
+        "import sys, time; from stakelib import widgets; from stakelib.dialogues import Review\n"
+        "board = widgets._Board(Review(sys.argv[1])); board.text.value += ' Typed.'; print('typed', flush=True)\n"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
     assert process.stdout.readline().strip() == "typed"
     process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
     process.communicate()
@@ -161,12 +168,18 @@ def test_the_board_shows_what_another_window_wrote(folder: Path) -> None:
 def test_csv_problems_are_all_listed_and_nothing_is_taken(folder: Path) -> None:
     review = Review(folder)
     path = folder / "review.csv"
-    rows = [[FIRST, "", BAD], [SECOND, "burn", ROWS[1].completion], ["no-such-id", "accept", ""],
-            [THIRD, "accept", ROWS[2].completion], [THIRD, "reject", ""]]  # fmt: skip
+    rows = [
+        [FIRST, "", BAD],
+        [SECOND, "burn", ROWS[1].completion],
+        ["no-such-id", "accept", ""],
+        [THIRD, "accept", ROWS[2].completion],
+        [THIRD, "reject", ""],
+    ]
     stamps = {i: review._stamp(i) for i in (FIRST, SECOND, THIRD)}
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
-        csv.writer(stream).writerows([["id", "decision", "completion", "of"],
-                                      *([*row, stamps.get(row[0], "")] for row in rows)])
+        csv.writer(stream).writerows(
+            [["id", "decision", "completion", "of"], *([*row, stamps.get(row[0], "")] for row in rows)]
+        )
     with pytest.raises(CourseError) as caught:
         review.from_csv(path)
     named = {p.split(": ")[0] for p in caught.value.problems}

@@ -49,11 +49,16 @@ def asked(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return calls
 
 
-@pytest.mark.parametrize(("system", "bits", "label", "file"), [
-    ("base", "q8", "base", "base-q8.gguf"), ("prompted", "q8", "prompted", "base-q8.gguf"),
-    ("tuned", "q8", "tuned", "tuned-q8.gguf"), ("tuned-q4", "q8", "tuned-q4", "tuned-q4.gguf"),
-    ("tuned", "q4", "tuned-q4", "tuned-q4.gguf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("system", "bits", "label", "file"),
+    [
+        ("base", "q8", "base", "base-q8.gguf"),
+        ("prompted", "q8", "prompted", "base-q8.gguf"),
+        ("tuned", "q8", "tuned", "tuned-q8.gguf"),
+        ("tuned-q4", "q8", "tuned-q4", "tuned-q4.gguf"),
+        ("tuned", "q4", "tuned-q4", "tuned-q4.gguf"),
+    ],
+)
 def test_each_system_asks_its_own_file(run, asked, system, bits, label, file) -> None:  # noqa: ANN001
     ask(run, system, held_out(run), bits)
     assert (asked[0]["system"], asked[0]["gguf"]) == (label, file) and "temperature" not in asked[0]
@@ -125,8 +130,12 @@ def test_general_questions_are_sixteen_and_match_whole_words(run: SimpleNamespac
 
 
 def test_any_pair_can_be_compared_and_columns_carry_its_names() -> None:
-    three = pd.concat([scored([False] * 40, [True] * 40), scored([True] * 40, [True] * 40).query("system == 'tuned'")
-                       .assign(system="rules")])  # fmt: skip
+    three = pd.concat(
+        [
+            scored([False] * 40, [True] * 40),
+            scored([True] * 40, [True] * 40).query("system == 'tuned'").assign(system="rules"),
+        ]
+    )
     line = compare(three, ["has_sections"], ("rules", "base")).iloc[0]
     assert (line["rules"], line["base"], line["verdict"]) == (1, 0, "worse")
     with pytest.raises(CourseError, match="'prompted'"):

@@ -273,8 +273,9 @@ with PeakMemory() as memory:
 with PeakMemory() as idle:
     pass
 print(memory.peak_mb - idle.peak_mb)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True,
-                          cwd=Path(__file__).parents[1])  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=Path(__file__).parents[1]
+    )
     assert 150 < float(done.stdout) < 500
 
 

@@ -259,9 +259,13 @@ def test_the_sweeps_of_notebook_04_run_when_asked(spine: SimpleNamespace, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "switches", "tables"), [
-    ("06_evaluate", {"deep": True}, 2), ("07_one_voice_each", {"curve": True, "onward": True}, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "switches", "tables"),
+    [
+        ("06_evaluate", {"deep": True}, 2),
+        ("07_one_voice_each", {"curve": True, "onward": True}, 1),
+    ],
+)
 def test_what_is_off_by_default_works_when_it_is_switched_on(
     spine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str, switches: dict[str, bool], tables: int
 ) -> None:

@@ -42,8 +42,11 @@ def test_more_tasks_leave_the_full_dialogues_as_they_were() -> None:
 def test_bases_are_as_thin_as_the_tools() -> None:
     bases = [base_of(r.prompt) for r in FULL]
     assert {len(b["concerns"]) for b in bases} == {0, 1, 2} and {len(b["appreciation"]) for b in bases} == {0, 1}
-    planted = [r for r, b in zip(FULL, bases, strict=True) if any("coal" in c["metric"] or "fossil" in c["metric"]
-               for c in b["concerns"])]  # fmt: skip
+    planted = [
+        r
+        for r, b in zip(FULL, bases, strict=True)
+        if any("coal" in c["metric"] or "fossil" in c["metric"] for c in b["concerns"])
+    ]
     assert 15 < len(planted) < 60
     without = [r for r in planted if not any("Coal" in f.metric for f in r.facts)]
     assert without and all(re.search("coal", said(r), re.I) for r in without)  # kept, not mended
@@ -51,9 +54,21 @@ def test_bases_are_as_thin_as_the_tools() -> None:
         assert list(base) == ["stakeholderId", "stakeholderName", *KEYS, "generatedAt", "generationType", "metadata"]
         assert base["metadata"]["context"] == r.context and base["metadata"]["variant"] == r.variant
         assert "- Estimated Jobs (2030): N/A\n- Emissions Reduction: N/A%\n" in r.prompt
-    labels = ["STAKEHOLDER PROFILE:", "- Name:", "- Primary Concerns:", "- Questions They Typically Ask:",
-              "SCENARIO CONTEXT:", "- Country:", "- Scenario:", "- Renewable Share 2030:", "- Renewable Share 2040:",
-              "TASK:", "CRITICAL RULES:", "BASE RESPONSE TO ENHANCE:", "ENHANCED VERSION"]  # fmt: skip
+    labels = [
+        "STAKEHOLDER PROFILE:",
+        "- Name:",
+        "- Primary Concerns:",
+        "- Questions They Typically Ask:",
+        "SCENARIO CONTEXT:",
+        "- Country:",
+        "- Scenario:",
+        "- Renewable Share 2030:",
+        "- Renewable Share 2040:",
+        "TASK:",
+        "CRITICAL RULES:",
+        "BASE RESPONSE TO ENHANCE:",
+        "ENHANCED VERSION",
+    ]
     assert sorted(labels, key=FULL[0].prompt.index) == labels
 
 
@@ -93,8 +108,15 @@ def test_free_form_questions_hold_every_figure_of_their_answer() -> None:
     assert max(len(mentions(r.prompt)) for r in PLAIN) <= 12
 
 
-E = FULL[next(i for i, r in enumerate(FULL) if base_of(r.prompt)["concerns"] and base_of(r.prompt)["appreciation"]
-              and mentions(base_of(r.prompt)["appreciation"][0]))]  # fmt: skip
+E = FULL[
+    next(
+        i
+        for i, r in enumerate(FULL)
+        if base_of(r.prompt)["concerns"]
+        and base_of(r.prompt)["appreciation"]
+        and mentions(base_of(r.prompt)["appreciation"][0])
+    )
+]
 V = next(r for r in VOICE if "---END OF EXAMPLES---" in r.prompt)
 Q = next(r for r in PLAIN if any(m.unit == "%" for m in mentions(r.completion)))
 EXAMPLE = re.search(r'Response: "(.+?\.) ', V.prompt)[1]

@@ -26,8 +26,15 @@ from stakelib.voices import STAKEHOLDERS
 SCENARIOS = sample(30, seed=3)
 SHORT = [r for r in build(SCENARIOS, {}, enhance=90) if len(base_of(r.prompt)["concerns"]) == 2]
 FULL = [r for r in build(SCENARIOS, {}, enhance=90, reply="full") if len(base_of(r.prompt)["concerns"]) == 2]
-BASE = {"stakeholderId": "x", "initialReaction": "Flat.", "appreciation": [], "concerns": [], "questions": ["Why?"],
-        "engagementAdvice": ["Meet."], "generationType": "rule-based"}  # fmt: skip
+BASE = {
+    "stakeholderId": "x",
+    "initialReaction": "Flat.",
+    "appreciation": [],
+    "concerns": [],
+    "questions": ["Why?"],
+    "engagementAdvice": ["Meet."],
+    "generationType": "rule-based",
+}
 CONCERN = {"text": "a", "explanation": "b", "metric": "m", "severity": "low"}
 
 
@@ -40,9 +47,14 @@ CONCERN = {"text": "a", "explanation": "b", "metric": "m", "severity": "low"}
         ('```json\n{"initialReaction": "New."}\n```', "text", "no JSON"),
         ('Here it is: {"initialReaction": "New."}', "text", "no JSON"),
         ('{"initialReaction": "New.", "appre', "text", "no JSON"),
-        ('{"initialReaction": NaN}', "text", "no JSON"), ("", "text", "no JSON"), ("[" * 3000, "text", "no JSON"),
-        ("7", "other", "the old one"), ("null", "other", "the old one"), ("{}", "other", "the old one"),
-        ('["New."]', "other", "'0' is ignored"), ('"New."', "other", "'0' is ignored"),
+        ('{"initialReaction": NaN}', "text", "no JSON"),
+        ("", "text", "no JSON"),
+        ("[" * 3000, "text", "no JSON"),
+        ("7", "other", "the old one"),
+        ("null", "other", "the old one"),
+        ("{}", "other", "the old one"),
+        ('["New."]', "other", "'0' is ignored"),
+        ('"New."', "other", "'0' is ignored"),
         ('{"initial_reaction": "New."}', "other", "'initial_reaction' is ignored"),
         ('{"initialReaction": ""}', "short", "no first reaction"),
         ('{"initialReaction": {"text": "New."}}', "short", "no first reaction"),
@@ -52,7 +64,7 @@ CONCERN = {"text": "a", "explanation": "b", "metric": "m", "severity": "low"}
         ('{"initialReaction": "New.", "concerns": ["too slow"]}', "short", "concerns would break"),
         ('{"initialReaction": "New.", "concerns": [{"text": "a"}]}', "short", "concerns would break"),
     ],
-)  # fmt: skip
+)
 def test_replies_are_read_as_the_tool_reads_them(reply: str, form: str, wrong: str) -> None:
     found, shown, problems = laid_over(reply, BASE)
     assert found == form
@@ -79,12 +91,14 @@ def test_the_training_targets_pass_every_measure() -> None:
 @pytest.mark.parametrize(
     ("change", "failed"),
     [
-        (lambda r: r["concerns"].pop(), "kept"), (lambda r: r["concerns"][0].update(severity="critical"), "accepted"),
-        (lambda r: r["concerns"][0].update(metric="other"), "kept"), (lambda r: r["questions"].append("And?"), "kept"),
+        (lambda r: r["concerns"].pop(), "kept"),
+        (lambda r: r["concerns"][0].update(severity="critical"), "accepted"),
+        (lambda r: r["concerns"][0].update(metric="other"), "kept"),
+        (lambda r: r["questions"].append("And?"), "kept"),
         (lambda r: r.update(initialReaction="We expect 9,876 jobs."), "grounded"),
         (lambda r: r.update(initialReaction="word " * 201), "kept"),
     ],
-)  # fmt: skip
+)
 def test_a_planted_change_of_meaning_is_seen(change: Any, failed: str) -> None:
     row, reply = FULL[0], json.loads(FULL[0].completion)
     change(reply)
@@ -167,10 +181,14 @@ def test_the_patch_is_computed_and_the_checkout_left_alone(
     file.write_text(CONFIG, encoding="utf-8")
     diff = tool_patch(run, table.assign(seconds=4.1), tmp_path)
     changed = [x for x in diff.splitlines() if x[:1] in "+-" and x[:3] not in ("+++", "---")]
-    assert changed == ["-  useWebLLM: true,", "-  ollamaModel: 'gemma2:2b',",
-                       "-  ollamaTimeout: 3000, // 3 seconds max", "+  useWebLLM: false,",
-                       "+  ollamaModel: 'stakeholder-tiny-gemma',",
-                       "+  ollamaTimeout: 7000, // 3 seconds max"]  # fmt: skip
+    assert changed == [
+        "-  useWebLLM: true,",
+        "-  ollamaModel: 'gemma2:2b',",
+        "-  ollamaTimeout: 3000, // 3 seconds max",
+        "+  useWebLLM: false,",
+        "+  ollamaModel: 'stakeholder-tiny-gemma',",
+        "+  ollamaTimeout: 7000, // 3 seconds max",
+    ]
     assert file.read_text(encoding="utf-8") == CONFIG
     with pytest.raises(CourseError, match="0 files stakeholder-ai.ts"):
         tool_patch(run, table, tmp_path / "src" / "nothing")

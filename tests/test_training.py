@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,16 @@ from stakelib.training.recipe import rate_for
 from stakelib.training.rows import checked_rows
 
 # A high rate, so that a few steps on random weights show; 8 steps, a checkpoint every 2
-FAST = Recipe(name="fast", rank=4, alpha=8, learning_rate=0.02, tuned_width=None, accumulate=2, validate_per_epoch=4,
-              max_length=96)  # fmt: skip
+FAST = Recipe(
+    name="fast",
+    rank=4,
+    alpha=8,
+    learning_rate=0.02,
+    tuned_width=None,
+    accumulate=2,
+    validate_per_epoch=4,
+    max_length=96,
+)
 VOICES = ("grid operator", "bank", "ministry", "village", "factory", "university", "charity", "agency")
 
 
@@ -301,7 +310,7 @@ def test_the_adapter_folder_is_complete_and_names_no_machine(whole: SimpleNamesp
     assert f"Training loss {whole.result['train_loss'][0][1]:.3f} at first" in card
     here = machine.describe()
     wanted = ["learning_rate 0.02", sha256(whole.run.path("training_data", "train.jsonl")), tiny.licence]
-    wanted += [here["processor"], here["system"], f"torch {torch.__version__}"]
+    wanted += [here["processor"], here["system"], f"torch {metadata.version('torch')}"]
     assert [text for text in wanted if text not in card] == []
     written = "".join(f.read_text(encoding="utf-8") for f in folder.iterdir() if f.suffix in (".json", ".md"))
     assert str(tiny.folder.parents[1]) not in written
@@ -398,9 +407,13 @@ train(Run.open(Path({run!r}), "smoke"), FAST)
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_a_killed_training_goes_on_and_ends_the_same(
-    whole: SimpleNamespace, tiny: BaseModel, home: Path, repository: Path, capsys: pytest.CaptureFixture[str],
+    whole: SimpleNamespace,
+    tiny: BaseModel,
+    home: Path,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     run = run_with_rows(home / "run")
     path = [str(repository), str(repository / "tests")]
     code = KILLED.format(path=path, step=7, run=str(run.folder), precision=machine.precision())

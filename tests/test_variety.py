@@ -51,8 +51,9 @@ def from_all_figures(scenarios: list[Scenario]) -> list[Dialogue]:
         scenario, context = known[row.country, row.scenario], CONTEXTS[i % 3]
         said = respond(scenario, row.stakeholder_id, context=context, variant=row.variant)
         text, prompt = completion_text(said), prompt_text(scenario, row.stakeholder_id, context, row.variant)
-        out.append(row.model_copy(update={"completion": text, "prompt": prompt, "facts": said.facts,
-                                          "context": context}))
+        out.append(
+            row.model_copy(update={"completion": text, "prompt": prompt, "facts": said.facts, "context": context})
+        )
     return out
 
 
@@ -67,8 +68,12 @@ def sentences(row: Dialogue) -> set[str]:
     """Masked sentences; of a concern the headline and the reason apart, without severity."""
     found = sections(row.completion)
     assert found is not None
-    parts = [part for items in found.values() for item in items
-             for part in re.split(r"(?<=[.!?]) |(?<=\w): (?=[A-Z])", re.sub(r"^\[\w+\] ", "", item))]
+    parts = [
+        part
+        for items in found.values()
+        for item in items
+        for part in re.split(r"(?<=[.!?]) |(?<=\w): (?=[A-Z])", re.sub(r"^\[\w+\] ", "", item))
+    ]
     return {masked(part, row) for part in parts}
 
 
@@ -127,8 +132,10 @@ def test_texts_are_grounded_rich_and_varied(rows_of: object, n: int, tell: Calla
     few = n < 300  # in so few texts a sentence of 8 % comes up this often once in ten thousand times
     often = binom.ppf(0.9999, 3 * n, MOST_OFTEN) / (3 * n) if few else MOST_OFTEN
     alike = 1.05 * BLEU if few else BLEU
-    table = {name: (most_often(group), mean_bleu(group)) for name, group in
-             ((k, list(g)) for k, g in groupby(rows, key=attrgetter("stakeholder_id")))}
+    table = {
+        name: (most_often(group), mean_bleu(group))
+        for name, group in ((k, list(g)) for k, g in groupby(rows, key=attrgetter("stakeholder_id")))
+    }
     for name, ((share, sentence), score) in table.items():
         tell(f"{name:21} BLEU-4 {score:.3f}  {share:.3f} {sentence}")
     assert {k: v for k, v in table.items() if v[0][0] > often or v[1] > alike} == {}
@@ -167,8 +174,11 @@ def test_the_readme_of_the_voices_is_true() -> None:
     assert example is not None
     voice = yaml.safe_load((DATA / "finance.yaml").read_text(encoding="utf-8"))
     voice |= yaml.safe_load(example[1])
-    conditions = [c for c in re.findall(r"`((?:no )?[a-z_]+(?:\.[a-z]+ (?:<|>=) [\d.]+)?)`", text)
-                  if " " in c or c in ("island", "mainland", "pool")]
+    conditions = [
+        c
+        for c in re.findall(r"`((?:no )?[a-z_]+(?:\.[a-z]+ (?:<|>=) [\d.]+)?)`", text)
+        if " " in c or c in ("island", "mainland", "pool")
+    ]
     assert len(conditions) >= 6
     voice["advice"].append({"when": conditions, "say": re.findall(r"`(\{[a-z_.]+\})`", text)})
     voice["advice"][-1]["say"] = ["Mind all of " + " ".join(voice["advice"][-1]["say"])]

@@ -67,8 +67,11 @@ def test_concurrent_requests_get_each_the_voice_they_asked_for(made: SimpleNames
     files = {"bank": tmp_path / "bank.gguf", "village": tmp_path / "village.gguf"}
     for file, adapter in zip(files.values(), (made.adapter, made.other), strict=True):
         adapter_to_gguf(adapter, gguf["f16"], file, None)
-    wanted = {"bank": said(made.files["f16"], base, PROMPTS), "village": said(made.wrong["f16"], base, PROMPTS),
-              None: said(gguf["f16"], base, PROMPTS)}  # fmt: skip
+    wanted = {
+        "bank": said(made.files["f16"], base, PROMPTS),
+        "village": said(made.wrong["f16"], base, PROMPTS),
+        None: said(gguf["f16"], base, PROMPTS),
+    }
     assert wanted["bank"] != wanted["village"] != wanted[None]
     voices = ["bank", "village", None] * 3 * 2
     prompts = [PROMPTS[i // 3 % 3] for i in range(18)]
@@ -110,9 +113,7 @@ def texts(model: Any, prompts: list[str], voices: list[str | None] | None = None
 
 
 @pytest.mark.parametrize("kind", ["transformers", "mlx"])
-def test_one_loaded_base_speaks_as_each_adapter_and_as_itself(
-    kind: str, made: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_one_loaded_base_speaks_as_each_adapter_and_as_itself(kind: str, made: SimpleNamespace, tmp_path: Path) -> None:
     if kind == "mlx" and machine.mlx()[0] == "none":
         pytest.skip(machine.mlx()[1])
     base, adapters = made.base, {"bank": made.adapter, "village": made.other}
@@ -154,8 +155,13 @@ def test_the_endpoint_picks_the_adapter_by_the_models_name(made: SimpleNamespace
         files[name] = tmp_path / f"{name}.gguf"
         adapter_to_gguf(adapter, gguf, files[name], None)
     with engine(gguf, made.base.folder, adapters=files) as llama:
-        wanted = dict(zip([*files, None], [a.text for _, a in sorted(llama.ask(
-            ["hello"] * 3, max_new_tokens=8, voices=[*files, None]))], strict=True))  # fmt: skip
+        wanted = dict(
+            zip(
+                [*files, None],
+                [a.text for _, a in sorted(llama.ask(["hello"] * 3, max_new_tokens=8, voices=[*files, None]))],
+                strict=True,
+            )
+        )
     assert len(set(wanted.values())) == 3
     with serving(gguf, made.base.folder, adapters=files, alias="gemma2:2b") as address:
         listed = [m["name"] for m in send(address, "/api/tags")[2]["models"]]
@@ -180,8 +186,10 @@ def test_every_row_goes_to_its_own_voice_and_no_other(
     tiny: BaseModel, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = nine_rows(Run.open(home / "run", "smoke"))
-    own = {who: [json.loads(line) for line in r.path("training_data", "train.jsonl").read_text("utf-8").splitlines()]
-           for who, r in split_rows(run).items()}  # fmt: skip
+    own = {
+        who: [json.loads(line) for line in r.path("training_data", "train.jsonl").read_text("utf-8").splitlines()]
+        for who, r in split_rows(run).items()
+    }
     assert list(own) == NINE
     assert all({r["stakeholder_id"] for r in rows} == {who} for who, rows in own.items())
     assert sorted(r["id"] for rows in own.values() for r in rows) == sorted(f"r{i}" for i in range(36))
@@ -335,8 +343,10 @@ def test_switching_is_measured_and_every_voice_stays_itself(
 ) -> None:
     found = nine.switching(trained.run, kind, times=18)
     assert found["same every time"] is True and found["ms nine"] > 0 <= found["switch ms"]
-    tell(f"tiny model, {kind}: a switch adds {found['switch ms']:.1f} ms, nine take {found['MB nine']:.0f} MB "
-         f"where one takes {found['MB one']:.0f}")  # fmt: skip
+    tell(
+        f"tiny model, {kind}: a switch adds {found['switch ms']:.1f} ms, nine take {found['MB nine']:.0f} MB "
+        f"where one takes {found['MB one']:.0f}"
+    )
 
 
 @pytest.mark.parametrize("leaks", [False, True])

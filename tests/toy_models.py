@@ -63,10 +63,12 @@ def shaped_model(tiny: Path, folder: Path, kind: str, seed: int = 0) -> Path:
         "gemma2": {"rope_parameters": rope, "head_dim": 32, "query_pre_attn_scalar": 32},
         "gemma3_text": {
             "rope_parameters": {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 90.0}},
-            "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
-    }[kind]  # fmt: skip
+    }[kind]
     config = AutoConfig.for_model(kind, vocab_size=words, num_key_value_heads=2, **shape, **ids, **own)
     random = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

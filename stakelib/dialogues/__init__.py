@@ -8,6 +8,22 @@ from stakelib.dialogues.prepare import open_review, prepare, scenarios_needed
 from stakelib.dialogues.review import Review
 from stakelib.dialogues.split import split
 
-__all__ = ["GUIDE_MIX", "Dialogue", "Review", "brief", "build", "check", "completion_text", "guide_test_prompts",
-           "mix_for", "open_review", "prepare", "problems_of", "prompt_text", "read", "scenarios_needed", "split",
-           "write"]
+__all__ = [
+    "GUIDE_MIX",
+    "Dialogue",
+    "Review",
+    "brief",
+    "build",
+    "check",
+    "completion_text",
+    "guide_test_prompts",
+    "mix_for",
+    "open_review",
+    "prepare",
+    "problems_of",
+    "prompt_text",
+    "read",
+    "scenarios_needed",
+    "split",
+    "write",
+]

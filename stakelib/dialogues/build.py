@@ -18,8 +18,17 @@ from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import CONTEXTS, STAKEHOLDERS, VARIANTS, Fact, respond
 
 # the fine-tuning guide's 500 rows
-GUIDE_MIX = {"policy-makers": 60, "grid-operators": 60, "industry": 55, "public": 55, "csos-ngos": 55, "scientific": 55,
-             "finance": 55, "regional-bodies": 55, "development-partners": 50}
+GUIDE_MIX = {
+    "policy-makers": 60,
+    "grid-operators": 60,
+    "industry": 55,
+    "public": 55,
+    "csos-ngos": 55,
+    "scientific": 55,
+    "finance": 55,
+    "regional-bodies": 55,
+    "development-partners": 50,
+}
 
 
 GUIDE = ("re_share", "investment")  # metrics of the guide's prompts: the first in every prompt, both in some half
@@ -66,7 +75,7 @@ def brief(scenario: Scenario, stakeholder: str, context: str, variant: str, seed
     labels = {fact.metric for fact in respond(scenario, stakeholder, context=context, variant=variant, seed=seed).facts}
     own = [key for key, (label, *_) in METRICS.items() if label in labels and key not in GUIDE]
     rng = random.Random(f"brief-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
-    keys = [*GUIDE[:rng.choice((1, 2)) if len(own) > 2 else 2], *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
+    keys = [*GUIDE[: rng.choice((1, 2)) if len(own) > 2 else 2], *rng.sample(own, min(len(own), rng.randint(*BRIEF)))]
     out = rng.choice((*ALIKE, "neither")) if {*ALIKE} < {*keys} - {*GUIDE} else "neither"
     return [key for key in keys if key != out]
 
@@ -80,8 +89,17 @@ def near_only(scenario: Scenario) -> Scenario:
     return scenario.model_copy(update={"milestones": [m for m in scenario.milestones if year in (None, m.year)]})
 
 
-def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = None, seed: int = 0, *, asked: int = 0,
-          enhance: int = 0, voice: int = 0, reply: Reply = "short", tool: str | Path | None = None) -> list[Dialogue]:
+def build(
+    scenarios: Sequence[Scenario],
+    mix: Mapping[str, int] | int | None = None,
+    seed: int = 0,
+    *,
+    asked: int = 0,
+    enhance: int = 0,
+    voice: int = 0,
+    reply: Reply = "short",
+    tool: str | Path | None = None,
+) -> list[Dialogue]:
     """Rows for `scenarios`: `mix` is rows per stakeholder id, or a total in the guide's distribution (default 500).
 
     Besides these full dialogues so many rows, in the same distribution: `asked`, full dialogues after the guide's
@@ -90,18 +108,27 @@ def build(scenarios: Sequence[Scenario], mix: Mapping[str, int] | int | None = N
     THIN. Scenarios, stances and contexts take turns; a country's own development context comes up most.
     """
     mix = mix_for(mix) if isinstance(mix, int) else GUIDE_MIX if mix is None else mix
-    if problems := [*(f"unknown stakeholder {name!r}" for name in mix if name not in STAKEHOLDERS),
-                    *([] if scenarios else ["no scenarios given"]),
-                    *([] if reply in ("short", "full") else [f"reply {reply!r} is neither 'short' nor 'full'"])]:
+    if problems := [
+        *(f"unknown stakeholder {name!r}" for name in mix if name not in STAKEHOLDERS),
+        *([] if scenarios else ["no scenarios given"]),
+        *([] if reply in ("short", "full") else [f"reply {reply!r} is neither 'short' nor 'full'"]),
+    ]:
         raise CourseError(problems, f"give scenarios, and a mix over {', '.join(STAKEHOLDERS)}.")
     checkout = Path(tool) if tool else None
     if enhance:
         enhance_template(checkout)  # a wrong folder is said now
     kinds: list[tuple[str, _Row, Mapping[str, int]]] = [
-        ("", _dialogue, mix), ("asked", _asked, mix_for(asked)), ("voice", voice_pair, mix_for(voice)),
-        ("enhance", partial(enhance_pair, reply=reply, tool=checkout), mix_for(enhance))]
-    return [row for kind, make, rows in kinds for name in STAKEHOLDERS
-            for row in _rows(scenarios, name, rows.get(name, 0), kind, make, seed)]
+        ("", _dialogue, mix),
+        ("asked", _asked, mix_for(asked)),
+        ("voice", voice_pair, mix_for(voice)),
+        ("enhance", partial(enhance_pair, reply=reply, tool=checkout), mix_for(enhance)),
+    ]
+    return [
+        row
+        for kind, make, rows in kinds
+        for name in STAKEHOLDERS
+        for row in _rows(scenarios, name, rows.get(name, 0), kind, make, seed)
+    ]
 
 
 _Row = Callable[[Situation, list[str], int], Told]
@@ -123,13 +150,24 @@ def _rows(scenarios: Sequence[Scenario], name: str, count: int, kind: str, make:
         at = seed + 1000 * turn + 100 * (kind == "asked")  # a question is not answered like the prompt with a form
         told, keys = scenario, brief(scenario, name, context, variant, at)
         if kind in THIN and j % THIN[kind] == THIN[kind] - 1:
-            told, keys = near_only(scenario), [*GUIDE[:1 + j // THIN[kind] % 2]]
+            told, keys = near_only(scenario), [*GUIDE[: 1 + j // THIN[kind] % 2]]
         prompt, completion, facts = make((told, name, context, variant), keys, at)
-        rows.append(Dialogue(
-            id=f"{key}.{turn}", prompt=prompt, completion=completion, facts=facts, stakeholder_id=name,
-            stakeholder=STAKEHOLDERS[name].name, scenario=scenario.metadata.scenarioName, context=context,
-            scenario_id=scenario_id(scenario), country=scenario.metadata.country, variant=variant,
-            task=kind if kind in ("enhance", "voice") else "dialogue"))
+        rows.append(
+            Dialogue(
+                id=f"{key}.{turn}",
+                prompt=prompt,
+                completion=completion,
+                facts=facts,
+                stakeholder_id=name,
+                stakeholder=STAKEHOLDERS[name].name,
+                scenario=scenario.metadata.scenarioName,
+                context=context,
+                scenario_id=scenario_id(scenario),
+                country=scenario.metadata.country,
+                variant=variant,
+                task=kind if kind in ("enhance", "voice") else "dialogue",
+            )
+        )
     return rows
 
 

@@ -81,9 +81,10 @@ def given(row: Dialogue) -> str:
 
 def _grounded(row: Dialogue) -> list[str]:
     text, prompt = said(row), given(row)
-    misses = [f"{m.mention.text!r}: {m.reason}"
-              + (f" (nearest: {m.nearest.text!r}, {m.nearest.year})" if m.nearest else "")
-              for m in ungrounded(text, prompt)]
+    misses = [
+        f"{m.mention.text!r}: {m.reason}" + (f" (nearest: {m.nearest.text!r}, {m.nearest.year})" if m.nearest else "")
+        for m in ungrounded(text, prompt)
+    ]
     stated, held = ({m.group()[:4] for m in YEAR.finditer(part)} for part in (text, prompt))
     return misses + [f"year {year} is not in the prompt" for year in sorted(stated - held)]
 
@@ -92,8 +93,11 @@ def _facts(row: Dialogue) -> list[str]:
     if row.source != "rules":
         return []  # a person may cite any figure of the prompt; the row's facts are those of the rules
     held = {(fact.unit, round(fact.value, 6)) for fact in row.facts}
-    return [f"{m.text!r} is not among the row's facts" for m in mentions(without_names(said(row), row.prompt))
-            if m.unit and (m.unit, round(m.value, 6)) not in held]
+    return [
+        f"{m.text!r} is not among the row's facts"
+        for m in mentions(without_names(said(row), row.prompt))
+        if m.unit and (m.unit, round(m.value, 6)) not in held
+    ]
 
 
 def _figures(text: Any) -> Counter[tuple[float, str]]:
@@ -117,9 +121,13 @@ def _preserved(row: Dialogue) -> list[str]:
             out.append(f"{key}: not the same number of items as the base")
         out += [f"{key}: drops the figures of {str(a)[:40]!r}" for a, b in pairs if _figures(a) - _figures(b)]
         if key == "concerns":
-            out += [f"{key}: {str(b)[:40]!r} has another metric, severity or shape" for a, b in pairs
-                    if not isinstance(b, dict) or {**b, **prose} != {**a, **prose}
-                    or not all(isinstance(b.get(k), str) and b[k].strip() for k in prose)]
+            out += [
+                f"{key}: {str(b)[:40]!r} has another metric, severity or shape"
+                for a, b in pairs
+                if not isinstance(b, dict)
+                or {**b, **prose} != {**a, **prose}
+                or not all(isinstance(b.get(k), str) and b[k].strip() for k in prose)
+            ]
         elif key != KEYS[0]:
             out += [f"{key}: {str(b)[:40]!r} is no text" for _, b in pairs if not isinstance(b, str) or not b.strip()]
     return out
@@ -142,11 +150,17 @@ def _structure(row: Dialogue) -> list[str]:
     found = sections(without_names(row.completion, row.prompt))  # a full stop in a name ends no sentence
     if found is None:
         return ["the five sections are not there, in order, as bullet lists"]
-    out = [f"{len(found[h])} items under {h}, want {low} to {high}" for h, (low, high) in COUNTS.items()
-           if not low <= len(found[h]) <= high]
+    out = [
+        f"{len(found[h])} items under {h}, want {low} to {high}"
+        for h, (low, high) in COUNTS.items()
+        if not low <= len(found[h]) <= high
+    ]
     out += [] if 2 <= len(found[HEADINGS[0]]) <= 3 else [f"{len(found[HEADINGS[0]])} sentences in {HEADINGS[0]}"]
-    out += [f"concern without severity and reason: {c[:40]!r}" for c in found["Concerns"]
-            if not re.fullmatch(r"\[(low|medium|high)\] [^:]+: .+", c)]
+    out += [
+        f"concern without severity and reason: {c[:40]!r}"
+        for c in found["Concerns"]
+        if not re.fullmatch(r"\[(low|medium|high)\] [^:]+: .+", c)
+    ]
     return out + [f"not a question: {q[:40]!r}" for q in found["Questions"] if not q.endswith("?")]
 
 
@@ -154,16 +168,26 @@ def _conditioned(row: Dialogue) -> list[str]:
     """All that decides the wording stands in the prompt; a voice has no stance there, so it is always pragmatic."""
     profile, stance = STAKEHOLDERS[row.stakeholder_id], row.task != "voice" or row.variant != "pragmatic"
     kind = "question" if row.task == "dialogue" and "**Scenario Context**" not in row.prompt else row.task
-    told = {"row": row, "name": profile.name, "priorities": ", ".join(profile.priorities),
-            "first_two": ", ".join(profile.priorities[:2])}
-    return [f"the prompt lacks its {what}" for what, text in DECIDING[kind].items()
-            if (stance or what != "variant") and text.format(**told) not in row.prompt]
+    told = {
+        "row": row,
+        "name": profile.name,
+        "priorities": ", ".join(profile.priorities),
+        "first_two": ", ".join(profile.priorities[:2]),
+    }
+    return [
+        f"the prompt lacks its {what}"
+        for what, text in DECIDING[kind].items()
+        if (stance or what != "variant") and text.format(**told) not in row.prompt
+    ]
 
 
 def absent(text: str, prompt: str, words: Mapping[str, str] = BACKED) -> list[str]:
     """The words of `text` on a technology or figure of which `prompt` holds no line of data."""
-    return [word for word, label in words.items() if re.search(rf"\b{word}\b", text, re.I)
-            and not re.search(rf"(?:^- |with |, |\d ){label}\b", prompt, re.M)]
+    return [
+        word
+        for word, label in words.items()
+        if re.search(rf"\b{word}\b", text, re.I) and not re.search(rf"(?:^- |with |, |\d ){label}\b", prompt, re.M)
+    ]
 
 
 def _claims(row: Dialogue) -> list[str]:
@@ -183,9 +207,11 @@ def _claims(row: Dialogue) -> list[str]:
 def _language(row: Dialogue) -> list[str]:
     """`render` keeps control tokens of user data text, so a prompt may hold them; a completion may not teach them."""
     text = without_names(said(row), row.prompt)  # a plan may be called "Tariff Reform"
-    return [f"control-token text {m.group()!r}" for m in CONTROL.finditer(row.completion)] + [
-        f"banned term {m.group()!r}" for m in BANNED.finditer(text)] + (
-        ["unfilled template"] if re.search(r"[{}]|\bNone\b|\bUndefined\b", text) else [])
+    return (
+        [f"control-token text {m.group()!r}" for m in CONTROL.finditer(row.completion)]
+        + [f"banned term {m.group()!r}" for m in BANNED.finditer(text)]
+        + (["unfilled template"] if re.search(r"[{}]|\bNone\b|\bUndefined\b", text) else [])
+    )
 
 
 def _lengths(tokenizer: Any) -> Callable[[Dialogue], list[str]]:
@@ -220,8 +246,11 @@ def _leakage(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
         splits[row.scenario_id].add(row.split)
         homes[row.country].add(row.split)
     out = [(r, f"scenario in {sorted(splits[r.scenario_id])}") for r in rows if len(splits[r.scenario_id]) > 1]
-    return out + [(r, f"test country also in {sorted(homes[r.country] - {'test'})}") for r in rows
-                  if r.split == "test" and homes[r.country] != {"test"}]
+    return out + [
+        (r, f"test country also in {sorted(homes[r.country] - {'test'})}")
+        for r in rows
+        if r.split == "test" and homes[r.country] != {"test"}
+    ]
 
 
 def _near(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
@@ -235,13 +264,20 @@ def _near(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
 def _near_in(group: list[Dialogue]) -> list[tuple[Dialogue, str]]:
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    runs = HashingVectorizer(ngram_range=(3, 3), token_pattern=r"[^\s]+", binary=True, norm=None, alternate_sign=False,
-                             n_features=2**22, dtype="float32").transform([said(row) for row in group])
+    runs = HashingVectorizer(
+        ngram_range=(3, 3),
+        token_pattern=r"[^\s]+",
+        binary=True,
+        norm=None,
+        alternate_sign=False,
+        n_features=2**22,
+        dtype="float32",
+    ).transform([said(row) for row in group])
     size, splits = runs.getnnz(axis=1), [row.split for row in group]
     out = []
     held_out = [i for i, name in enumerate(splits) if name != "train"]
     for start in range(0, len(held_out), 256):  # in slices, so that 50,000 rows fit into memory
-        some = held_out[start:start + 256]
+        some = held_out[start : start + 256]
         common = (runs[some] @ runs.T).tocoo()
         for i, j, both in zip(common.row, common.col, common.data, strict=True):
             mine, other = some[i], int(j)
@@ -256,15 +292,23 @@ def _kinds(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
     """The enhance prompt cannot say whether a short or a full reply is wanted: one kind per data set."""
     full = {row.id: len(_object(row.completion)) > 1 for row in rows if row.task == "enhance"}
     usual = Counter(full.values()).most_common(1)[0][0] if full else False
-    return [(row, "a short reply among full ones" if usual else "a full reply among short ones") for row in rows
-            if full.get(row.id, usual) != usual]
+    return [
+        (row, "a short reply among full ones" if usual else "a full reply among short ones")
+        for row in rows
+        if full.get(row.id, usual) != usual
+    ]
 
 
 def row_gates(tokenizer: Any = None) -> dict[str, Callable[[Dialogue], list[str]]]:
     """The gates that look at one row: name -> what is wrong with it."""
     gates: dict[str, Callable[[Dialogue], list[str]]] = {
-        "figures in prompt": _grounded, "figures in facts": _facts, "sections and items": _structure,
-        "wording decided by prompt": _conditioned, "no claim without data": _claims, "language": _language}
+        "figures in prompt": _grounded,
+        "figures in facts": _facts,
+        "sections and items": _structure,
+        "wording decided by prompt": _conditioned,
+        "no claim without data": _claims,
+        "language": _language,
+    }
     return gates if tokenizer is None else gates | {"token lengths": _lengths(tokenizer)}
 
 
@@ -279,8 +323,12 @@ def check(rows: Sequence[Dialogue], tokenizer: Any = None, file: str = "") -> li
     `tokenizer`: a Hugging Face tokenizer; adds the gate on token lengths. `file`: where the rows stand, line by line.
     """
     failed = {name: [(row, why) for row in rows for why in gate(row)] for name, gate in row_gates(tokenizer).items()}
-    failed |= {"duplicates": _duplicates(rows), "near-duplicates across splits": _near(rows), "leakage": _leakage(rows),
-               "one kind of reply": _kinds(rows)}
+    failed |= {
+        "duplicates": _duplicates(rows),
+        "near-duplicates across splits": _near(rows),
+        "leakage": _leakage(rows),
+        "one kind of reply": _kinds(rows),
+    }
     line = {id(row): f"{file}:{number}: " if file else "" for number, row in enumerate(rows, 1)}
     problems = [f"{line[id(row)]}{row.id}: {name}: {why}" for name, found in failed.items() for row, why in found]
     problems += [] if rows else ["there are no rows"]

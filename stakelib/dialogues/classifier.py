@@ -39,8 +39,7 @@ def listener(rows: Sequence[Mapping[str, Any]]) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-                          LogisticRegression(C=10))
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10))
     return model.fit([masked(r["completion"], r) for r in rows], [r["stakeholder_id"] for r in rows])
 
 

@@ -52,8 +52,10 @@ def read_lines(kind: type[Line], path: Path, mend: str) -> list[Line]:
         try:
             rows += [kind.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
-            problems += [f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
-                         for e in error.errors(include_url=False)]
+            problems += [
+                f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
+                for e in error.errors(include_url=False)
+            ]
     if problems:
         raise CourseError(problems, mend)
     return rows

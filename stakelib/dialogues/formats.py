@@ -11,15 +11,23 @@ from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import STAKEHOLDERS, Response
 
 HEADINGS = ("Initial Reaction", "Appreciates", "Concerns", "Questions", "Engagement Tips")
-def prompt_text(scenario: Scenario, stakeholder: str, context: str, variant: str,
-                keys: Collection[str] = tuple(METRICS)) -> str:
+
+
+def prompt_text(
+    scenario: Scenario, stakeholder: str, context: str, variant: str, keys: Collection[str] = tuple(METRICS)
+) -> str:
     """The guide's prompt: every figure that a response may use, with unit and year, and what decides its wording.
 
     `keys`: the metrics to print, the same as given to `respond`; all if not given.
     """
     profile = STAKEHOLDERS[stakeholder]
-    return texts()["dialogue"].format(name=profile.name, details="\n".join(_scenario_lines(scenario, keys)),
-                                      context=context, variant=variant, priorities=", ".join(profile.priorities))
+    return texts()["dialogue"].format(
+        name=profile.name,
+        details="\n".join(_scenario_lines(scenario, keys)),
+        context=context,
+        variant=variant,
+        priorities=", ".join(profile.priorities),
+    )
 
 
 def _scenario_lines(scenario: Scenario, keys: Collection[str] = tuple(METRICS)) -> list[str]:
@@ -44,12 +52,23 @@ def _metric_lines(rows: list[Metric]) -> list[str]:
 def completion_text(response: Response) -> str:
     """The guide's five sections."""
     reaction, praise, concerns, questions, tips = (f"**{h}**:" for h in HEADINGS)
-    return "\n".join([
-        f"{reaction} {response.initialReaction}", "",
-        praise, *(f"- {text}" for text in response.appreciation), "",
-        concerns, *(f"- [{c.severity}] {c.text}: {c.explanation}" for c in response.concerns), "",
-        questions, *(f"- {text}" for text in response.questions), "",
-        tips, *(f"- {text}" for text in response.engagementAdvice)])
+    return "\n".join(
+        [
+            f"{reaction} {response.initialReaction}",
+            "",
+            praise,
+            *(f"- {text}" for text in response.appreciation),
+            "",
+            concerns,
+            *(f"- [{c.severity}] {c.text}: {c.explanation}" for c in response.concerns),
+            "",
+            questions,
+            *(f"- {text}" for text in response.questions),
+            "",
+            tips,
+            *(f"- {text}" for text in response.engagementAdvice),
+        ]
+    )
 
 
 def guide_test_prompts() -> dict[str, str]:

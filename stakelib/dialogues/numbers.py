@@ -15,37 +15,58 @@ import yaml
 
 DATA = yaml.safe_load(files(__package__).joinpath("numbers.yaml").read_text(encoding="utf-8"))
 NOT_FIGURES = re.compile(DATA["no_figures"], re.I | re.M)
-YEAR = re.compile(r"(?i)(?<![\w$.,])(?:19|20)\d\d(?:s\b|(?![\d,]*\d|\.\d|\w|\s*(?:" + DATA["quantity"] + "))"
-                  r"(?:(?<=\b(?:in|by) \d{4})|(?<=\b(?:since|until|after) \d{4})|(?!\s*(?:" + DATA["counted"] + "))))")
+YEAR = re.compile(
+    r"(?i)(?<![\w$.,])(?:19|20)\d\d(?:s\b|(?![\d,]*\d|\.\d|\w|\s*(?:" + DATA["quantity"] + "))"
+    r"(?:(?<=\b(?:in|by) \d{4})|(?<=\b(?:since|until|after) \d{4})|(?!\s*(?:" + DATA["counted"] + "))))"
+)
 
-_ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen")
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+)
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 SMALL = {word: i for i, word in enumerate(_ONES.split())} | {"dozen": 12}
 TENS = {word: 10 * i for i, word in enumerate(_TENS.split(), 2)}
 SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _WORD = "|".join(sorted({*SMALL, *TENS}, key=len, reverse=True))
 WORDS = rf"(?:(?:a|{_WORD})[- ](?:{'|'.join(SCALES)})|{_WORD})(?:(?:[- ]and)?[- ](?:{_WORD}|{'|'.join(SCALES)}))*"
-PARTS = re.compile(r"\b(?:(?P<many>two|three|four)[- ](?P<parts>thirds|quarters|fifths)"
-                   r"|(?:an?|one)[- ]?(?P<part>half|third|quarter|fifth|tenth)|(?P<half>half))"
-                   r"(?=\s+(?:of|the|its|all|our|that)\b|[.,;:]|$)", re.I)
-TIMES = re.compile(r"\b(?:(?:doubl|tripl|quadrupl)(?:e|es|ed|ing)(?![- ](?:count|check|dividend|digit))"
-                   r"|(?:two|three|four|five|ten)-?fold\b|twice(?= (?:as|the)))", re.I)
+PARTS = re.compile(
+    r"\b(?:(?P<many>two|three|four)[- ](?P<parts>thirds|quarters|fifths)"
+    r"|(?:an?|one)[- ]?(?P<part>half|third|quarter|fifth|tenth)|(?P<half>half))"
+    r"(?=\s+(?:of|the|its|all|our|that)\b|[.,;:]|$)",
+    re.I,
+)
+TIMES = re.compile(
+    r"\b(?:(?:doubl|tripl|quadrupl)(?:e|es|ed|ing)(?![- ](?:count|check|dividend|digit))"
+    r"|(?:two|three|four|five|ten)-?fold\b|twice(?= (?:as|the)))",
+    re.I,
+)
 SCALE = r"(?:\s*(?P<scale>thousand|million|billion|trillion|bn|mn|[kMB](?![A-Za-z])))?"
 UNIT = rf"(?:\s*-?(?P<unit>{DATA['unit']}))?"
-NUMBER = re.compile(r"(?P<money>\$|US\$|USD ?)?(?P<digits>(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
-                    rf"{SCALE}{UNIT}", re.I)
+NUMBER = re.compile(
+    r"(?P<money>\$|US\$|USD ?)?(?P<digits>(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
+    rf"{SCALE}{UNIT}",
+    re.I,
+)
 SPELLED = re.compile(rf"\b(?P<words>{WORDS})\b{UNIT}", re.I)
-RATE = re.compile(r"(?:\s*(?:of )?(?:USD|dollars))?\s*"
-                  r"(?:(?:per|a|each|every) year|annually|per annum|yearly|/ ?(?:yr|year))", re.I)
+RATE = re.compile(
+    r"(?:\s*(?:of )?(?:USD|dollars))?\s*"
+    r"(?:(?:per|a|each|every) year|annually|per annum|yearly|/ ?(?:yr|year))",
+    re.I,
+)
 TALK = re.compile(DATA["talk"], re.I)
-HEDGE = re.compile(r"\b(?:about|around|roughly|some|approximately|close to|(?P<under>nearly|almost|just under)"
-                   r"|(?P<over>over|more than))\s+\$?$", re.I)
+HEDGE = re.compile(
+    r"\b(?:about|around|roughly|some|approximately|close to|(?P<under>nearly|almost|just under)"
+    r"|(?P<over>over|more than))\s+\$?$",
+    re.I,
+)
 CHANGE = re.compile(DATA["change"], re.I)
 
 _COMPILED = {unit: [(re.compile(rf"\b(?:{p})\b", re.I), m) for p, m in rows] for unit, rows in DATA["keywords"].items()}
-ATTACHED = re.compile(r"\s*(?:(?:of|in|from|for|as)\s)?"
-                      r"(?:(?:the|its|our|new|installed|more|extra|firm|cut|less|fewer|lower|total)\s)*")
+ATTACHED = re.compile(
+    r"\s*(?:(?:of|in|from|for|as)\s)?"
+    r"(?:(?:the|its|our|new|installed|more|extra|firm|cut|less|fewer|lower|total)\s)*"
+)
 SPAN = re.compile(r"\b(?:between|from|the|both) (\d{4}) (?:and|to) (\d{4})\b", re.I)
 STOP = re.compile(r"[,;:()\u2014\u2013.!?]|\b(?:and|but|while|then|with|to|from|against|rising|falling)\b")
 
@@ -86,8 +107,11 @@ def _mentions(text: str) -> tuple[Mention, ...]:
     free = YEAR.sub(lambda m: "_" * len(m.group()), masked)
     found = [m for m in map(_digits, NUMBER.finditer(free)) if m]
     found += [m for m in map(_spelled, SPELLED.finditer(free)) if m]
-    found += [Mention(_fraction(m), "%", None, None, m.start(), m.end(), m.group(), 2.0) for m in PARTS.finditer(free)
-              if not re.match(r"\s*(?:-|hour|year|day|way|time)", free[m.end():m.end() + 6])]
+    found += [
+        Mention(_fraction(m), "%", None, None, m.start(), m.end(), m.group(), 2.0)
+        for m in PARTS.finditer(free)
+        if not re.match(r"\s*(?:-|hour|year|day|way|time)", free[m.end() : m.end() + 6])
+    ]
     found += [Mention(0.0, "times", None, None, m.start(), m.end(), m.group()) for m in TIMES.finditer(free)]
     found = _inherit(_no_overlap([_rated(m, free) for m in found]), free)
     return tuple(_placed(m, found, years, masked) for m in found)
@@ -98,8 +122,8 @@ def _digits(match: re.Match[str]) -> Mention | None:
     places = len(digits.partition(".")[2])
     value, scale = float(digits.replace(",", "")), _scale(match["scale"])
     unit, factor = _unit(match["unit"], match["money"])
-    step = 0.5 * 10.0 ** -places
-    before = match.string[max(0, match.start() - 16):match.start()]
+    step = 0.5 * 10.0**-places
+    before = match.string[max(0, match.start() - 16) : match.start()]
     hedge = HEDGE.search(before)
     bound = bool(hedge and hedge["over"]) - bool(hedge and hedge["under"])
     if hedge and not places and value:
@@ -122,7 +146,7 @@ def _spelled(match: re.Match[str]) -> Mention | None:
         else:
             part += SMALL.get(word, TENS.get(word, 0))
     value = total + part
-    if not unit and (value == 1 or (value < 13 and TALK.match(match.string[match.end():match.end() + 24]))):
+    if not unit and (value == 1 or (value < 13 and TALK.match(match.string[match.end() : match.end() + 24]))):
         return None
     if value in (0, 1) and unit in ("", "time", "jobs", "people"):
         return None  # "one day", "one job at a time"
@@ -153,13 +177,13 @@ def _fraction(match: re.Match[str]) -> float:
 
 
 def _rated(mention: Mention, text: str) -> Mention:
-    """"$533M USD per year" is another unit than "$533M USD"."""
+    """ "$533M USD per year" is another unit than "$533M USD"."""
     after = RATE.match(text, mention.end)
     if after and mention.unit in ("m$", "MW", "GWh", "Mt CO2"):
-        return replace(mention, unit=f"{mention.unit}/yr", end=after.end(), text=text[mention.start:after.end()])
-    if mention.unit == "m$" and (tail := re.match(r"\s*(?:of )?(?:USD|US dollars|dollars)", text[mention.end:])):
+        return replace(mention, unit=f"{mention.unit}/yr", end=after.end(), text=text[mention.start : after.end()])
+    if mention.unit == "m$" and (tail := re.match(r"\s*(?:of )?(?:USD|US dollars|dollars)", text[mention.end :])):
         end = mention.end + tail.end()
-        return replace(mention, end=end, text=text[mention.start:end])
+        return replace(mention, end=end, text=text[mention.start : end])
     return mention
 
 
@@ -175,7 +199,7 @@ def _inherit(found: list[Mention], text: str) -> list[Mention]:
     """In "300 to 600 MW" the first number has the second one's unit."""
     out = list(found)
     for i in range(len(out) - 2, -1, -1):
-        between = text[out[i].end:out[i + 1].start]
+        between = text[out[i].end : out[i + 1].start]
         if not out[i].unit and re.fullmatch(r"\s*(?:to|and|or|-|\u2013)\s*", between):
             out[i] = replace(out[i], unit=out[i + 1].unit)
     return out
@@ -186,7 +210,7 @@ def _placed(mention: Mention, found: list[Mention], years: list[tuple[int, int, 
     left, right = _sentence(text, mention)
     following = min([m.start for m in found if m.start >= mention.end] + [right])
     unit, metric = mention.unit, _metric(mention, text, left, right, following)
-    if not unit and metric is None and re.search(r"\bjobs\b", text[left:mention.start], re.I):
+    if not unit and metric is None and re.search(r"\bjobs\b", text[left : mention.start], re.I):
         unit = "jobs"  # "Jobs Created: 10,645 (2030)"
         metric = _metric(replace(mention, unit=unit), text, left, right, following)
     return replace(mention, unit=unit, metric=metric, year=_year(mention, years, text, left, following))
@@ -199,7 +223,7 @@ def _sentence(text: str, mention: Mention) -> tuple[int, int]:
 
 
 def _year(mention: Mention, years: list[tuple[int, int, int]], text: str, left: int, following: int) -> int | None:
-    direct = re.match(r"\s*\((?:by |in |for )?", text[mention.end:mention.end + 10])
+    direct = re.match(r"\s*\((?:by |in |for )?", text[mention.end : mention.end + 10])
     reach = mention.end + (direct.end() if direct else 0)
     for start, _, year in years:
         if reach <= start <= following and not STOP.search(text[reach:start]):
@@ -244,9 +268,15 @@ def ungrounded(text: str, prompt: str, derived: bool = False) -> list[Miss]:
     plain = without_names(text, prompt)
     misses = [miss for m in mentions(plain) if (miss := _miss(m, held))]
     sums = _changes(held) if derived and misses else []
-    return [m for m in misses if not (CHANGE.search(plain, max(0, m.mention.start - 40), m.mention.end + 12)
-                                      and not re.search(r"\bto \$?$", plain[:m.mention.start])  # a level, no change
-                                      and any(_is_change(m.mention, s) for s in sums))]
+    return [
+        m
+        for m in misses
+        if not (
+            CHANGE.search(plain, max(0, m.mention.start - 40), m.mention.end + 12)
+            and not re.search(r"\bto \$?$", plain[: m.mention.start])  # a level, no change
+            and any(_is_change(m.mention, s) for s in sums)
+        )
+    ]
 
 
 def _is_change(said: Mention, change: Mention) -> bool:
@@ -257,17 +287,26 @@ def _is_change(said: Mention, change: Mention) -> bool:
 
 def _changes(held: list[Mention]) -> list[Mention]:
     """Difference and change in percent between two years of the same metric."""
-    pairs = [(a, b) for a in held for b in held if a.metric and (a.metric, a.unit) == (b.metric, b.unit)
-             and None not in (a.year, b.year) and a.year < b.year]
+    pairs = [
+        (a, b)
+        for a in held
+        for b in held
+        if a.metric and (a.metric, a.unit) == (b.metric, b.unit) and None not in (a.year, b.year) and a.year < b.year
+    ]
     differences = [replace(b, value=abs(b.value - a.value)) for a, b in pairs]
-    return differences + [replace(b, value=abs(100 * (b.value / a.value - 1)), unit="%", step=0.05)
-                          for a, b in pairs if a.value]
+    return differences + [
+        replace(b, value=abs(100 * (b.value / a.value - 1)), unit="%", step=0.05) for a, b in pairs if a.value
+    ]
 
 
 def _miss(mention: Mention, held: list[Mention]) -> Miss | None:
     near = sorted(held, key=lambda h: (h.unit != mention.unit, abs(h.value - mention.value)))
-    same = [h for h in held if abs(h.value - mention.value) <= max(mention.step, h.step * 1e-6) * 1.000001
-            and (h.value - mention.value) * mention.bound >= 0]
+    same = [
+        h
+        for h in held
+        if abs(h.value - mention.value) <= max(mention.step, h.step * 1e-6) * 1.000001
+        and (h.value - mention.value) * mention.bound >= 0
+    ]
     unit = [h for h in same if h.unit == mention.unit]
     metric = [h for h in unit if None in (h.metric, mention.metric) or h.metric == mention.metric]
     year = [h for h in metric if None in (h.year, mention.year) or h.year == mention.year]

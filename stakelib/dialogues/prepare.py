@@ -47,8 +47,15 @@ def rules(package: Path = Path(stakelib.__file__).parent) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, enhance: int | None = None,
-            voice: int | None = None, reply: Reply = "short", tool: str | Path | None = None) -> dict[str, Any]:
+def prepare(
+    run: Run,
+    scenarios: Sequence[Scenario] | None = None,
+    *,
+    enhance: int | None = None,
+    voice: int | None = None,
+    reply: Reply = "short",
+    tool: str | Path | None = None,
+) -> dict[str, Any]:
     """Build, split, review, check and write the rows of `run.profile`; skipped if nothing changed, edits included.
 
     `reply` and `tool` are those of `build`, and so are the numbers of rows, which None leaves to the profile. Without
@@ -63,15 +70,28 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, enhance: i
         settings = {**json.loads(made_with.read_text(encoding="utf-8")), "rules": rules()}
     else:
         thin = run.profile.thin
-        more = {"asked": run.profile.asked, "enhance": thin if enhance is None else enhance,
-                "voice": thin if voice is None else voice, "reply": reply, "tool": tool and str(tool)}
-        settings = {"rows": run.profile.rows, "seed": run.profile.seed, "more": more, "rules": rules(),
-                    "scenarios": [s.model_dump() for s in scenarios]}
+        more = {
+            "asked": run.profile.asked,
+            "enhance": thin if enhance is None else enhance,
+            "voice": thin if voice is None else voice,
+            "reply": reply,
+            "tool": tool and str(tool),
+        }
+        settings = {
+            "rows": run.profile.rows,
+            "seed": run.profile.seed,
+            "more": more,
+            "rules": rules(),
+            "scenarios": [s.model_dump() for s in scenarios],
+        }
     base = base_model(run.profile.model)
     folder = run.path("training_data")
     files = [folder / f"{p}{name}.jsonl" for name in PARTS for p in ("", "mlx/")]
-    outputs = [*files, made_with, *(folder / n for n in (GENERATED, "stakeholder_dialogues.jsonl",
-                                                         "stakeholder_hf_dataset"))]
+    outputs = [
+        *files,
+        made_with,
+        *(folder / n for n in (GENERATED, "stakeholder_dialogues.jsonl", "stakeholder_hf_dataset")),
+    ]
     edits = [p for p in [folder / EDITS] if p.exists()]
 
     def work() -> dict[str, Any]:
@@ -84,7 +104,10 @@ def prepare(run: Run, scenarios: Sequence[Scenario] | None = None, *, enhance: i
         gates = check(rows, _tokenizer(run), "stakeholder_dialogues.jsonl")
         write(rows, folder, lambda p, c: f"{around.before}{p}{around.between}{c}{around.end}")
         reviewed = {"rejected": len(made) - len(rows), "edited": sum(r.source != "rules" for r in rows)}
-        return {"gates": gates, "rows": {part: sum(r.split == part for r in rows) for part in PARTS},
-                "reviewed": reviewed}
+        return {
+            "gates": gates,
+            "rows": {part: sum(r.split == part for r in rows) for part in PARTS},
+            "reviewed": reviewed,
+        }
 
     return run.stage("data", settings, [base.folder / "source.json", *edits], outputs, work)

@@ -67,16 +67,16 @@ class Review:
         self.rows = {row.id: row for row in read(self.folder / GENERATED)}
         self.edits = read_edits(self.folder)
 
-    def decide(self, row_id: str, action: Action, completion: str = "",
-               source: Literal["edited", "imported"] = "edited") -> list[str]:
+    def decide(
+        self, row_id: str, action: Action, completion: str = "", source: Literal["edited", "imported"] = "edited"
+    ) -> list[str]:
         """Save one decision and return what the gates say against the row as it is now (empty: nothing)."""
         if action == "edit" and completion == self.rows[row_id].completion:
             self.reset(row_id)  # typed, and taken back
             return self.problems(row_id)
         before = self.edits.get(row_id)  # a rejected row keeps its rewritten text, in case it is taken back
         text = completion if action == "edit" else before.completion if before and action == "reject" else ""
-        edit = Edit(id=row_id, action=action, completion=text, source=source,
-                    of=_fingerprint(self.rows[row_id]))
+        edit = Edit(id=row_id, action=action, completion=text, source=source, of=_fingerprint(self.rows[row_id]))
         self._save({row_id: edit})
         return self.problems(row_id)
 
@@ -117,8 +117,13 @@ class Review:
 
     def select(self, stakeholder: str = "", task: str = "", state: str = "") -> list[str]:
         """Ids of the rows with this stakeholder id, task and state; an empty filter takes all."""
-        return [i for i, row in self.rows.items() if stakeholder in ("", row.stakeholder_id) and task in ("", row.task)
-                and (not state or self.state(i) == state)]
+        return [
+            i
+            for i, row in self.rows.items()
+            if stakeholder in ("", row.stakeholder_id)
+            and task in ("", row.task)
+            and (not state or self.state(i) == state)
+        ]
 
     def counts(self) -> dict[str, int]:
         """Rows per state."""
@@ -136,8 +141,23 @@ class Review:
         """One row as plain text, for a terminal or a notebook without widgets."""
         row, problems = self.current(row_id), self.problems(row_id)
         facts = [f"- {f.metric} {f.year}: {f.value:g} {f.unit}" for f in row.facts]
-        return "\n".join([f"{row.id} ({row.task}, {self.state(row_id)})", "", "PROMPT", row.prompt, "", "COMPLETION",
-                          row.completion, "", "FACTS", *facts, "", "GATES", *(problems or ["no objection"])])
+        return "\n".join(
+            [
+                f"{row.id} ({row.task}, {self.state(row_id)})",
+                "",
+                "PROMPT",
+                row.prompt,
+                "",
+                "COMPLETION",
+                row.completion,
+                "",
+                "FACTS",
+                *facts,
+                "",
+                "GATES",
+                *(problems or ["no objection"]),
+            ]
+        )
 
     def to_csv(self, path: str | Path) -> Path:
         """All rows for a reviewer without Jupyter: a file that Excel opens, to change `completion` or `decision` in."""
@@ -146,8 +166,18 @@ class Review:
             table.writerow(COLUMNS)
             for i in self.rows:
                 row, edit = self.current(i), self.edits.get(i)
-                cells = (i, row.stakeholder, row.task, row.country, row.scenario, row.prompt,
-                         edit.action if edit else "", row.completion, "; ".join(self.problems(i)), self._stamp(i))
+                cells = (
+                    i,
+                    row.stakeholder,
+                    row.task,
+                    row.country,
+                    row.scenario,
+                    row.prompt,
+                    edit.action if edit else "",
+                    row.completion,
+                    "; ".join(self.problems(i)),
+                    self._stamp(i),
+                )
                 table.writerow(map(as_cell, cells))
         return Path(path)
 
@@ -183,8 +213,11 @@ class Review:
         if row is None:
             return None, [f"no row has the id {cells['id']!r}"]
         wrong = [f"a second row with the id {row.id}"] if row.id in seen else []
-        wrong += [f"decision {action!r} is none of accept, reject, edit or empty"
-                  ] if action not in ("", "accept", "reject", "edit") else []
+        wrong += (
+            [f"decision {action!r} is none of accept, reject, edit or empty"]
+            if action not in ("", "accept", "reject", "edit")
+            else []
+        )
         text = cells["completion"]
         if action != "reject" and text != row.completion:
             action = "edit"
@@ -197,8 +230,13 @@ class Review:
             wrong = ["the row or its decision changed after this sheet was written; write a new one with to_csv"]
         if wrong or not action:
             return None, wrong
-        return Edit(id=row.id, action=action, completion=text if action == "edit" else "", source="imported",
-                    of=_fingerprint(row)), []
+        return Edit(
+            id=row.id,
+            action=action,
+            completion=text if action == "edit" else "",
+            source="imported",
+            of=_fingerprint(row),
+        ), []
 
 
 def as_cell(text: str) -> str:

@@ -23,11 +23,14 @@ def split(rows: Sequence[Dialogue], seed: int = 0) -> list[Dialogue]:
     test = _held_out(scenarios, round(TEST * len(places)), random.Random(f"split-{seed}"))
     rest = [name for country, names in scenarios.items() if country not in test for name in names]
     if not test or len(rest) < 2:
-        raise CourseError(f"{len(places)} scenarios of {len(scenarios)} countries are too few to split",
-                          "use at least 5 scenarios from 3 countries.")
+        raise CourseError(
+            f"{len(places)} scenarios of {len(scenarios)} countries are too few to split",
+            "use at least 5 scenarios from 3 countries.",
+        )
     valid = set(random.Random(f"valid-{seed}").sample(rest, max(1, round(VALID * len(rest)))))
-    part = {name: "test" if country in test else "valid" if name in valid else "train"
-            for name, country in places.items()}
+    part = {
+        name: "test" if country in test else "valid" if name in valid else "train" for name, country in places.items()
+    }
     return [row.model_copy(update={"split": part[row.scenario_id]}) for row in rows]
 
 

@@ -45,11 +45,17 @@ def enhance_template(tool: Path | None = None) -> str:
     if tool is None:
         return texts()["enhance"].strip()
     sources = [p.read_text(encoding="utf-8") for p in sorted(Path(tool).rglob("*.ts")) if "node_modules" not in p.parts]
-    literals = [t for s in sources for t in re.findall(r"`((?:[^`\\]|\\.)*)`", s)
-                if BASE in t and all(f"- {label}:" in t for label in texts()["tool_fields"])]
+    literals = [
+        t
+        for s in sources
+        for t in re.findall(r"`((?:[^`\\]|\\.)*)`", s)
+        if BASE in t and all(f"- {label}:" in t for label in texts()["tool_fields"])
+    ]
     if len(literals) != 1:
-        raise CourseError(f"{tool}: {len(literals)} enhance prompts found in its *.ts files, one is needed",
-                          "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out.")
+        raise CourseError(
+            f"{tool}: {len(literals)} enhance prompts found in its *.ts files, one is needed",
+            "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out.",
+        )
     lines, after = [], False
     for line in literals[0].strip().split("\n"):
         label = (re.match(r"\s*- ([^:]+):", line) or [None, ""])[1]
@@ -66,36 +72,68 @@ def question_text(situation: Situation, keys: Collection[str], seed: int) -> str
     place = country_profile(scenario.metadata.country)
     island = ", isolated island grid" if place.get("island") else ""
     where = scenario.metadata.country + (f" ({place['pool']}{island})" if place else "")
-    figures = [f"{m} {m.label} in {m.year}" if m.unit == "jobs" else f"{m.label} of {m} in {m.year}"
-               for m in derive_metrics(scenario).only(keys).shown()]
-    return random.Random(f"asked-{seed}-{situation[1:]}").choice(texts()["ask"]).format(
-        name=STAKEHOLDERS[stakeholder].name, place=where, scenario=scenario.metadata.scenarioName, context=context,
-        variant=variant, figures=", ".join(figures) or "no figures yet")
+    figures = [
+        f"{m} {m.label} in {m.year}" if m.unit == "jobs" else f"{m.label} of {m} in {m.year}"
+        for m in derive_metrics(scenario).only(keys).shown()
+    ]
+    return (
+        random.Random(f"asked-{seed}-{situation[1:]}")
+        .choice(texts()["ask"])
+        .format(
+            name=STAKEHOLDERS[stakeholder].name,
+            place=where,
+            scenario=scenario.metadata.scenarioName,
+            context=context,
+            variant=variant,
+            figures=", ".join(figures) or "no figures yet",
+        )
+    )
 
 
-def enhance_pair(situation: Situation, keys: Collection[str], seed: int, reply: Reply = "short",
-                 tool: Path | None = None) -> Told:
+def enhance_pair(
+    situation: Situation, keys: Collection[str], seed: int, reply: Reply = "short", tool: Path | None = None
+) -> Told:
     """The answer is one JSON object. `reply`: "short" is the first reaction only, "full" all that the tool shows."""
     scenario, stakeholder, context, variant = situation
     rng = random.Random(f"enhance-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
     answer, praise, worries = _thin(situation, keys, seed, rng)
     if rng.random() < 0.25:
         worries = [*worries[:1], Concern(**rng.choice(texts()["coal"]), severity="medium")]
-    head = {"initialReaction": _flat(situation, praise, worries, rng), "appreciation": praise,
-            "concerns": [c.model_dump() for c in worries], "questions": answer.questions,
-            "engagementAdvice": answer.engagementAdvice}
+    head = {
+        "initialReaction": _flat(situation, praise, worries, rng),
+        "appreciation": praise,
+        "concerns": [c.model_dump() for c in worries],
+        "questions": answer.questions,
+        "engagementAdvice": answer.engagementAdvice,
+    }
     name, shares = STAKEHOLDERS[stakeholder].name, _shares(scenario)
-    base = {"stakeholderId": stakeholder, "stakeholderName": name, **head, "generatedAt": "2026-01-15T09:30:00.000Z",
-            "generationType": "rule-based",
-            "metadata": {"context": context, "variant": variant, "interactionTriggersCount": len(worries)}}
+    base = {
+        "stakeholderId": stakeholder,
+        "stakeholderName": name,
+        **head,
+        "generatedAt": "2026-01-15T09:30:00.000Z",
+        "generationType": "rule-based",
+        "metadata": {"context": context, "variant": variant, "interactionTriggersCount": len(worries)},
+    }
     prompt = enhance_template(tool).format(
-        name=name, priorities=", ".join(STAKEHOLDERS[stakeholder].priorities), questions="; ".join(answer.questions),
-        country=scenario.metadata.country, scenario=scenario.metadata.scenarioName, jobs="N/A", cut="N/A",
-        share_2030=f"{shares.get(2030, 0):.1f}", share_2040=f"{shares.get(2040, 0):.1f}",
-        task=rng.choice(texts()["tasks"]), base=json.dumps(base, indent=2, ensure_ascii=False))
+        name=name,
+        priorities=", ".join(STAKEHOLDERS[stakeholder].priorities),
+        questions="; ".join(answer.questions),
+        country=scenario.metadata.country,
+        scenario=scenario.metadata.scenarioName,
+        jobs="N/A",
+        cut="N/A",
+        share_2030=f"{shares.get(2030, 0):.1f}",
+        share_2040=f"{shares.get(2040, 0):.1f}",
+        task=rng.choice(texts()["tasks"]),
+        base=json.dumps(base, indent=2, ensure_ascii=False),
+    )
     first, facts = _reaction(situation, shares, praise, worries, seed, rng)
-    wanted = {"initialReaction": first} if reply == "short" else {
-        **head, "initialReaction": first, "concerns": [_reworded(c, situation, keys, seed) for c in worries]}
+    wanted = (
+        {"initialReaction": first}
+        if reply == "short"
+        else {**head, "initialReaction": first, "concerns": [_reworded(c, situation, keys, seed) for c in worries]}
+    )
     return _used(prompt, json.dumps(wanted, ensure_ascii=False), answer.facts + facts)
 
 
@@ -107,11 +145,20 @@ def voice_pair(situation: Situation, keys: Collection[str], seed: int) -> Told:
     shares, name = _shares(scenario), STAKEHOLDERS[stakeholder].name
     lines = [f"Positive aspects: {'; '.join(praise)}"] if praise else []
     lines += [f"Their concerns: {'; '.join(c.text for c in worries)}"] if worries else []
-    prompt = texts()["voice"].strip().format(
-        name=name, country=scenario.metadata.country, scenario=scenario.metadata.scenarioName, context=context,
-        shares="\n".join(f"- {value:.1f}% renewable energy by {year}" for year, value in shares.items()),
-        priorities=", ".join(STAKEHOLDERS[stakeholder].priorities[:2]), points="\n".join(lines),
-        examples=_examples(stakeholder, context) if rng.random() < 0.5 else "")
+    prompt = (
+        texts()["voice"]
+        .strip()
+        .format(
+            name=name,
+            country=scenario.metadata.country,
+            scenario=scenario.metadata.scenarioName,
+            context=context,
+            shares="\n".join(f"- {value:.1f}% renewable energy by {year}" for year, value in shares.items()),
+            priorities=", ".join(STAKEHOLDERS[stakeholder].priorities[:2]),
+            points="\n".join(lines),
+            examples=_examples(stakeholder, context) if rng.random() < 0.5 else "",
+        )
+    )
     first, facts = _reaction(situation, shares, praise, worries, seed, rng)
     return _used(re.sub(r"\n{2,}", "\n\n", prompt), first, answer.facts + facts)
 
@@ -123,8 +170,9 @@ def _used(prompt: str, completion: str, facts: list[Fact]) -> Told:
     return prompt, completion, list(kept.values())
 
 
-def _thin(situation: Situation, keys: Collection[str], seed: int,
-          rng: random.Random) -> tuple[Response, list[str], list[Concern]]:
+def _thin(
+    situation: Situation, keys: Collection[str], seed: int, rng: random.Random
+) -> tuple[Response, list[str], list[Concern]]:
     """A full answer, and the few points of it (0-1 praise, 0-2 concerns) that a rule engine would have found."""
     answer = respond(*situation, seed=seed, keys=keys)
     return answer, answer.appreciation[: rng.choice((0, 1, 1))], answer.concerns[: rng.choice((0, 1, 1, 2))]
@@ -132,8 +180,9 @@ def _thin(situation: Situation, keys: Collection[str], seed: int,
 
 def _flat(situation: Situation, praise: list[str], worries: list[Concern], rng: random.Random) -> str:
     kind = "both" if praise and worries else "praise" if praise else "concern" if worries else "none"
-    return rng.choice(texts()["thin"][kind]).format(name=STAKEHOLDERS[situation[1]].name,
-                                                    scenario=situation[0].metadata.scenarioName)
+    return rng.choice(texts()["thin"][kind]).format(
+        name=STAKEHOLDERS[situation[1]].name, scenario=situation[0].metadata.scenarioName
+    )
 
 
 def _shares(scenario: Scenario) -> dict[int, float]:
@@ -142,8 +191,14 @@ def _shares(scenario: Scenario) -> dict[int, float]:
     return {year: figures["re_share", year].value for year in (2030, 2040) if ("re_share", year) in figures}
 
 
-def _reaction(situation: Situation, shares: dict[int, float], praise: list[str], worries: list[Concern], seed: int,
-              rng: random.Random) -> tuple[str, list[Fact]]:
+def _reaction(
+    situation: Situation,
+    shares: dict[int, float],
+    praise: list[str],
+    worries: list[Concern],
+    seed: int,
+    rng: random.Random,
+) -> tuple[str, list[Fact]]:
     """Two or three sentences: the stakeholder's own opening, then the first praise and the first concern."""
     scenario, *speaker = situation
     # told no year that the prompt lacks
@@ -173,6 +228,7 @@ def _first_sentence(text: str, scenario: Scenario) -> str:
 
 def _reworded(concern: Concern, situation: Situation, keys: Collection[str], seed: int) -> dict[str, Any]:
     """The same concern in other words of the same stakeholder: same metric, same figures; else as it is."""
+
     def figures(c: Concern) -> list[Any]:
         return [c.metric, *((m.value, m.unit, m.year) for m in mentions(c.text))]
 
@@ -188,6 +244,7 @@ def _examples(stakeholder: str, context: str) -> str:
     for scenario, variant in zip(sample(2, seed=2030), ("conservative", "progressive"), strict=True):
         share = derive_metrics(scenario).get("re_share", "near")
         said = respond(scenario, stakeholder, context, variant, keys=("re_share",)).initialReaction
-        pairs.append(f'{len(pairs) + 1}. Scenario: {scenario.metadata.country}, {share} renewable energy\n'
-                     f'Response: "{said}"')
+        pairs.append(
+            f'{len(pairs) + 1}. Scenario: {scenario.metadata.country}, {share} renewable energy\nResponse: "{said}"'
+        )
     return texts()["examples"].format(voice=texts()["voices"][stakeholder], pairs="\n".join(pairs)).strip()

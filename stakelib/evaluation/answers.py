@@ -69,10 +69,15 @@ def _append(replies: Any, missing: dict, about: dict, out: Any, saved: dict, pro
     for done, (index, reply) in enumerate(replies, start=1):
         key, row = asked[index]
         saved[key] = {
-            "row_id": row["id"], **about, "key": key, "text": reply.text, "stopped": bool(reply.stopped),
-            "new_tokens": int(reply.new_tokens), "prompt_tokens": int(reply.prompt_tokens),
+            "row_id": row["id"],
+            **about,
+            "key": key,
+            "text": reply.text,
+            "stopped": bool(reply.stopped),
+            "new_tokens": int(reply.new_tokens),
+            "prompt_tokens": int(reply.prompt_tokens),
             "seconds": round(float(reply.seconds), 3),
-        }  # fmt: skip
+        }
         out.write(json.dumps(saved[key], ensure_ascii=False) + "\n")
         out.flush()
         progress.tick(earlier + done, f"{done / max(time.monotonic() - start, 1e-3) * 60:.1f} a minute")

@@ -90,8 +90,9 @@ def report_prompts(run: Run, scenarios: int = 40) -> list[dict[str, Any]]:
     return _in_turn([row.model_copy(update={"split": "test"}).model_dump() for row in rows])
 
 
-def ask(run: Run, system: str, rows: list[dict[str, Any]], quantisation: str = "q8", *, sampled: bool = False,
-        seed: int = 0) -> list[dict[str, Any]]:
+def ask(
+    run: Run, system: str, rows: list[dict[str, Any]], quantisation: str = "q8", *, sampled: bool = False, seed: int = 0
+) -> list[dict[str, Any]]:
     """Answers of one of SYSTEMS to `rows` through llama.cpp at one quantisation; saved as they come.
 
     Greedy, or with the sampling of the Modelfile (`sampled`, `seed`). "tuned-q4" is "tuned" at q4, and named so.
@@ -99,19 +100,40 @@ def ask(run: Run, system: str, rows: list[dict[str, Any]], quantisation: str = "
     name, _, bits = system.partition("-")
     quantisation = bits or quantisation
     if name not in SYSTEMS or quantisation not in QUANTISATIONS:
-        raise CourseError(f"system '{system}' at '{quantisation}' is unknown",
-                          f"choose one of: {', '.join(SYSTEMS)}; quantisation {', '.join(QUANTISATIONS)}")
+        raise CourseError(
+            f"system '{system}' at '{quantisation}' is unknown",
+            f"choose one of: {', '.join(SYSTEMS)}; quantisation {', '.join(QUANTISATIONS)}",
+        )
     if name == "rules":
-        return [{"row_id": row["id"], "system": system, "gguf": "none", "text": row["completion"], "stopped": True,
-                 "new_tokens": 0, "prompt_tokens": 0, "seconds": 0.0} for row in rows]
+        return [
+            {
+                "row_id": row["id"],
+                "system": system,
+                "gguf": "none",
+                "text": row["completion"],
+                "stopped": True,
+                "new_tokens": 0,
+                "prompt_tokens": 0,
+                "seconds": 0.0,
+            }
+            for row in rows
+        ]
     base = base_model(run.profile.model)
     gguf = gguf_file(run, quantisation) if name == "tuned" else ensure_base_gguf(base)[quantisation]
     context = SEEN_TOGETHER if name == "prompted" else 2048
     factory = partial(engine, tokenizer=base.folder, context=context)
     label = system if bits or quantisation == "q8" else f"{system}-{quantisation}"
     asked = prompted(run, rows) if name == "prompted" else rows
-    return answers(run, label, gguf, asked, engine_factory=factory, max_new_tokens=run.profile.max_new_tokens,
-                   seed=seed, **(SHIPPED if sampled else {}))
+    return answers(
+        run,
+        label,
+        gguf,
+        asked,
+        engine_factory=factory,
+        max_new_tokens=run.profile.max_new_tokens,
+        seed=seed,
+        **(SHIPPED if sampled else {}),
+    )
 
 
 def prompted(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,8 +148,15 @@ def prompted(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(some) < 2 and row["scenario_id"] not in {e["scenario_id"] for e in some}:
             some.append(row)
     shown = {who: "\n\n".join(texts()["example"].format(**e) for e in some) for who, some in examples.items()}
-    return [{**row, "prompt": texts()["instruction"].format(examples=shown.get(row["stakeholder_id"], ""),
-                                                            prompt=row["prompt"])} for row in rows]
+    return [
+        {
+            **row,
+            "prompt": texts()["instruction"].format(
+                examples=shown.get(row["stakeholder_id"], ""), prompt=row["prompt"]
+            ),
+        }
+        for row in rows
+    ]
 
 
 def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,10 +185,17 @@ def general(run: Run, system: str) -> pd.DataFrame:
     import pandas as pd
 
     rows = [{"id": f"general-{i}", "prompt": q, "accepted": a} for i, (q, *a) in enumerate(texts()["general"])]
-    lines = [{"row_id": row["id"], "scenario_id": row["id"], "system": answer["system"], "question": row["prompt"],
-              "answer": answer["text"], "knows": any(re.search(rf"\b{a}\b", " ".join(answer["text"].split()[:12]), re.I)
-                                                     for a in row["accepted"])}
-             for row, answer in zip(rows, ask(run, system, rows), strict=True)]
+    lines = [
+        {
+            "row_id": row["id"],
+            "scenario_id": row["id"],
+            "system": answer["system"],
+            "question": row["prompt"],
+            "answer": answer["text"],
+            "knows": any(re.search(rf"\b{a}\b", " ".join(answer["text"].split()[:12]), re.I) for a in row["accepted"]),
+        }
+        for row, answer in zip(rows, ask(run, system, rows), strict=True)
+    ]
     return pd.DataFrame(lines)
 
 
@@ -175,10 +211,14 @@ def compare_runs(run_a: Run, run_b: Run, measures: list[str] | None = None) -> p
     others = {row["id"]: row["prompt"] for row in held_out(run_b)}
     rows = [row for row in held_out(run_a) if others.get(row["id"]) == row["prompt"]]
     if not rows:
-        raise CourseError(f"{' and '.join(names)} have no held-out row in common",
-                          "compare runs of one profile and seed, made from the same scenarios")
-    tables = [score(rows, ask(run, "tuned", rows)).assign(system=name)
-              for run, name in zip((run_a, run_b), names, strict=True)]
+        raise CourseError(
+            f"{' and '.join(names)} have no held-out row in common",
+            "compare runs of one profile and seed, made from the same scenarios",
+        )
+    tables = [
+        score(rows, ask(run, "tuned", rows)).assign(system=name)
+        for run, name in zip((run_a, run_b), names, strict=True)
+    ]
     return compare(pd.concat(tables), measures, (names[0], names[1]))
 
 

@@ -14,8 +14,13 @@ UNKNOWN = "not measured yet"
 MACHINES = {"M1": "Apple M1", "i7": "i7"}  # what stands in the record's name of the processor
 
 
-def claims(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str, Any]],
-           comparison: Sequence[Mapping[str, Any]], people: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def claims(
+    record: Mapping[str, Any],
+    model: str,
+    answers: Sequence[Mapping[str, Any]],
+    comparison: Sequence[Mapping[str, Any]],
+    people: Sequence[Mapping[str, Any]],
+) -> list[dict[str, str]]:
     """Lines of about, where, guide and ours; a figure for a computer that this is not reads UNKNOWN.
 
     `record`: the run's; `comparison`: lines of `compare`; `people`: lines of `preferences`.
@@ -42,7 +47,7 @@ def people_say(line: Mapping[str, Any]) -> str:
 def check_says(line: Mapping[str, Any]) -> str:
     """One line of `compare` in words; from 0 there is no percentage of improvement, so both values are told."""
     shown = ("{:.1f}" if line["kind"] == "number" else "{:.0%}").format
-    return f"check \"{line['label']}\": {shown(line['base'])} to {shown(line['tuned'])}, {line['verdict']}"
+    return f'check "{line["label"]}": {shown(line["base"])} to {shown(line["tuned"])}, {line["verdict"]}'
 
 
 def _costs(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -58,8 +63,10 @@ def _costs(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str,
     told = train.get("result") or {}
     if "rows" in told:
         about = f"{model}, {told['rows']} rows, {told['precision']}"
-        said |= {"train_time": f"{clock(train['seconds'])} ({about})",
-                 "train_memory": f"{train['peak_mb'] / 1024:.1f} GB ({about})"}  # fmt: skip
+        said |= {
+            "train_time": f"{clock(train['seconds'])} ({about})",
+            "train_memory": f"{train['peak_mb'] / 1024:.1f} GB ({about})",
+        }
         if model.startswith("gemma-2b"):
             said[f"memory_{told['precision']}"] = said["train_memory"]
         if weights := stages.get("export", {}).get("result", {}).get("bytes", {}).get("f16"):

@@ -21,7 +21,7 @@ from stakelib.evaluation.words import (
     reading_ease,
     unfounded,
     wrong_way,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,19 +127,30 @@ def score_answer(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
         "numbers": len(told),
         "grounded": len(right),
         "invented": [
-            {"text": m.mention.text, "start": m.mention.start, "end": m.mention.end, "reason": m.reason,
-             "nearest": _named(m.nearest)}
+            {
+                "text": m.mention.text,
+                "start": m.mention.start,
+                "end": m.mention.end,
+                "reason": m.reason,
+                "nearest": _named(m.nearest),
+            }
             for m in misses
         ],
         "claims": claims,
         "wrong_way": turned,
         "missing": [name for name in HEADINGS if not bodies.get(name)],
         "items": items,
-    }  # fmt: skip
+    }
 
 
-def score(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], *, listener: Any = None,
-          again: Sequence[Mapping[str, Any]] = (), surprise: bool = False) -> pd.DataFrame:
+def score(
+    rows: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    *,
+    listener: Any = None,
+    again: Sequence[Mapping[str, Any]] = (),
+    surprise: bool = False,
+) -> pd.DataFrame:
     """One line per row x system, with every measure; a row that a system did not answer stays in as a failure.
 
     `listener` (dialogues.classifier) adds "identity" and "heard"; `again`, second answers of the same systems to the

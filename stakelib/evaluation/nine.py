@@ -34,8 +34,9 @@ FROM_ONE = "nine-from-one"  # an adapter for each that went on from the one for 
 JUDGED = ("identity", "grounded_share", "has_sections", "stopped")  # what is compared for each stakeholder
 
 
-def ask_voices(run: Run, system: str, rows: Sequence[Mapping[str, Any]],
-               voices: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def ask_voices(
+    run: Run, system: str, rows: Sequence[Mapping[str, Any]], voices: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Answers to `rows` through the base's q8 file with adapters laid over it; greedy, saved as they come.
 
     `system`: "one" (the adapter for all), "nine" or "nine-from-one" (each row's own voice answers), or another name
@@ -45,8 +46,16 @@ def ask_voices(run: Run, system: str, rows: Sequence[Mapping[str, Any]],
     files = nine_files(run, "one" if system == FROM_ONE else "base")
     own = [ALL if system == PAIR[0] else row["stakeholder_id"] for row in rows]
     factory = partial(engine, tokenizer=base.folder, adapters=files)
-    return answers(run, system, ensure_base_gguf(base)["q8"], rows, engine_factory=factory, adapters=files,
-                   max_new_tokens=run.profile.max_new_tokens, voices=list(voices or own))  # fmt: skip
+    return answers(
+        run,
+        system,
+        ensure_base_gguf(base)["q8"],
+        rows,
+        engine_factory=factory,
+        adapters=files,
+        max_new_tokens=run.profile.max_new_tokens,
+        voices=list(voices or own),
+    )
 
 
 def exchanged(run: Run, rows: Sequence[Mapping[str, Any]], listener: Any) -> pd.DataFrame:
@@ -61,8 +70,12 @@ def exchanged(run: Run, rows: Sequence[Mapping[str, Any]], listener: Any) -> pd.
     asked = [row for _, row in pairs]
     said = ask_voices(run, "exchanged", asked, [who for who, _ in pairs])
     verdicts = heard(listener, [answer["text"] for answer in said], asked)
-    return pd.DataFrame([{"adapter": who, "asked as": row["stakeholder_id"], "heard": verdict}
-                         for (who, row), verdict in zip(pairs, verdicts, strict=True)])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {"adapter": who, "asked as": row["stakeholder_id"], "heard": verdict}
+            for (who, row), verdict in zip(pairs, verdicts, strict=True)
+        ]
+    )
 
 
 def engines_here(run: Run) -> list[str]:
@@ -103,8 +116,11 @@ def switching(run: Run, kind: str = "llama.cpp", times: int = 90, prompt: str = 
                 said[who].add(answer.text)
             found |= {f"ms {name}": 1000 * median(seconds[count:]), f"MB {name}": anonymous_mb()}
     added = found["ms nine"] - found["ms one"] if kind == "llama.cpp" else 1000 * median(switched[count:])
-    return found | {"switch ms": max(0.0, added), "different": len({min(t) for t in said.values()}),
-                    "same every time": all(len(texts) == 1 for texts in said.values())}  # fmt: skip
+    return found | {
+        "switch ms": max(0.0, added),
+        "different": len({min(t) for t in said.values()}),
+        "same every time": all(len(texts) == 1 for texts in said.values()),
+    }
 
 
 def proved(run: Run, who: str, prompt: str, tokens: int = 64) -> dict[str, int]:
@@ -145,8 +161,14 @@ def costs(run: Run, said: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     minutes = [sum(record["seconds"][who] for who in some) / 60 for some in ([ALL], nine)]
     sizes = (base_mb + mb[ALL], base_mb + sum(mb[who] for who in nine), len(nine) * base_mb)
     names = ("one adapter on the base", "nine adapters on the base", "nine merged files")
-    return pd.DataFrame({"way": names, "MB": sizes, "training minutes": [*minutes, minutes[1]],
-                         "seconds an answer": [waits["one"], waits["nine"], waits["one"]]})  # fmt: skip
+    return pd.DataFrame(
+        {
+            "way": names,
+            "MB": sizes,
+            "training minutes": [*minutes, minutes[1]],
+            "seconds an answer": [waits["one"], waits["nine"], waits["one"]],
+        }
+    )
 
 
 def advice(comparison: pd.DataFrame, each: pd.DataFrame, cost: pd.DataFrame) -> str:
@@ -161,10 +183,12 @@ def advice(comparison: pd.DataFrame, each: pd.DataFrame, cost: pd.DataFrame) -> 
         (True, False): f"Prefer one each: better on {named['better']}, worse on none",
         (False, True): f"Prefer one for all: one each is worse on {named['worse']}, better on none",
         (False, False): "Prefer one for all, the simpler: these prompts show no difference on any measure; one each "
-                        "pays where single voices must be changed without touching the others",
-    }[bool(named["better"]), bool(named["worse"])]  # fmt: skip
-    return (f"{found} ({nine:,.1f} MB against {one:,.1f}; {judged['n'].max()} prompts; single stakeholders: "
-            f"{who or 'none that can be told apart'}).")  # fmt: skip
+        "pays where single voices must be changed without touching the others",
+    }[bool(named["better"]), bool(named["worse"])]
+    return (
+        f"{found} ({nine:,.1f} MB against {one:,.1f}; {judged['n'].max()} prompts; single stakeholders: "
+        f"{who or 'none that can be told apart'})."
+    )
 
 
 def panel_rows(scenario: Any, seed: int = 0) -> list[dict[str, Any]]:

@@ -58,8 +58,9 @@ class Rating:
     evaluation/. CourseError for a name that makes no file name, and for broken lines.
     """
 
-    def __init__(self, folder: str | Path, rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]],
-                 rater: str) -> None:
+    def __init__(
+        self, folder: str | Path, rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], rater: str
+    ) -> None:
         self.rater = rater.strip().lower()
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", self.rater):
             raise CourseError(f"{rater!r} cannot be part of a file name", "use letters a-z, digits, - and _.")
@@ -67,8 +68,11 @@ class Rating:
         both = [r for r in rows if all((r["id"], s) in self.texts for s in ("base", "tuned"))]
         self.rows = {r["id"]: r for r in sorted(both, key=lambda r: self._dice(r["id"], "turn"))}
         self.file = Path(folder) / f"ratings-{self.rater}.jsonl"
-        self.votes = {(v.row_id, v.criterion): v for v in read_votes(self.file)
-                      if v.row_id in self.rows and v.of == self.stamp(v.row_id)}  # fmt: skip
+        self.votes = {
+            (v.row_id, v.criterion): v
+            for v in read_votes(self.file)
+            if v.row_id in self.rows and v.of == self.stamp(v.row_id)
+        }
 
     def _dice(self, *about: str) -> int:
         return int(hashlib.sha256("\0".join((self.rater, *about)).encode()).hexdigest()[:12], 16)
@@ -95,8 +99,15 @@ class Rating:
     def vote(self, row_id: str, criterion: str, choice: str) -> None:
         """Append one judgement ("A", "same" or "B") to the file; a later one about the same takes its place."""
         now = datetime.now().isoformat(timespec="seconds")
-        vote = Vote(row_id=row_id, rater=self.rater, criterion=criterion, choice=choice, a=self.side_a(row_id),
-                    of=self.stamp(row_id), at=now)
+        vote = Vote(
+            row_id=row_id,
+            rater=self.rater,
+            criterion=criterion,
+            choice=choice,
+            a=self.side_a(row_id),
+            of=self.stamp(row_id),
+            at=now,
+        )
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8", newline="\n") as out:
             out.write(vote.model_dump_json() + "\n")
@@ -145,8 +156,11 @@ def read_sheet(rating: Rating, path: str | Path) -> int:
     known, problems, votes = {c.lower(): c for c in CHOICES}, [], {}
     for number, cells in read_table(Path(path), ("id", *CRITERIA, "of"), "rating_sheet"):
         row, given = cells["id"], {c: cells[c].strip() for c in CRITERIA}
-        wrong = [f"{c} {said!r} is none of A, B, same or empty" for c, said in given.items()
-                 if said and said.lower() not in known]
+        wrong = [
+            f"{c} {said!r} is none of A, B, same or empty"
+            for c, said in given.items()
+            if said and said.lower() not in known
+        ]
         if row not in rating.rows:
             wrong = [f"no pair has the id {row!r}"]
         elif cells["of"] != rating.stamp(row):
@@ -177,8 +191,11 @@ def agreement(judged: Sequence[Sequence[str | None]]) -> float | None:
     return float(krippendorff.alpha(list(zip(*twice, strict=True)), level_of_measurement="ordinal"))
 
 
-def preferences(folder: str | Path, rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]],
-                ) -> list[dict[str, Any]]:
+def preferences(
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
     """What all raters in `folder` prefer, one dict for each criterion; empty if nobody rated these answers.
 
     `share`: of the comparisons that tuned or base won (`decided`), those that tuned won, with its 95 % interval over
@@ -198,12 +215,21 @@ def preferences(folder: str | Path, rows: Sequence[Mapping[str, Any]], answers: 
         clusters = [scenario[v.row_id] for v in decided]
         low, high = clustered_wilson(np.array(wins, dtype=float), clusters) if wins else (0.0, 1.0)
         judged = [[(v := r.votes.get((i, criterion))) and v.prefers for i in scenario] for r in found]
-        lines.append({
-            "criterion": criterion, "asks": CRITERIA[criterion], "raters": len({v.rater for v in votes}),
-            "votes": len(votes), "tuned": sum(wins), "same": len(votes) - len(wins), "base": len(wins) - sum(wins),
-            "share": sum(wins) / len(wins) if wins else None, "low": low, "high": high,
-            "net": (2 * sum(wins) - len(wins)) / len(votes),
-            "left": sum(v.choice == "A" for v in decided) / len(decided) if decided else None,
-            "alpha": agreement(judged),
-        })  # fmt: skip
+        lines.append(
+            {
+                "criterion": criterion,
+                "asks": CRITERIA[criterion],
+                "raters": len({v.rater for v in votes}),
+                "votes": len(votes),
+                "tuned": sum(wins),
+                "same": len(votes) - len(wins),
+                "base": len(wins) - sum(wins),
+                "share": sum(wins) / len(wins) if wins else None,
+                "low": low,
+                "high": high,
+                "net": (2 * sum(wins) - len(wins)) / len(votes),
+                "left": sum(v.choice == "A" for v in decided) / len(decided) if decided else None,
+                "alpha": agreement(judged),
+            }
+        )
     return lines

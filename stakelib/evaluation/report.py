@@ -85,8 +85,11 @@ def report(
         facts=facts,
         figures=[embed(plots.base_vs_tuned(comparison)), embed(plots.per_stakeholder(split))],
         bad=[{**w, "segments": marked(scores, texts, w["row_id"], "tuned")} for w in facts["worst"]],
-        pairs=[{"row": row, "said": {s: marked(scores, texts, row["id"], s) for s in ("base", "tuned", *others)}}
-               for i, row in enumerate(rows) if row["stakeholder"] not in voices[:i]],  # fmt: skip
+        pairs=[
+            {"row": row, "said": {s: marked(scores, texts, row["id"], s) for s in ("base", "tuned", *others)}}
+            for i, row in enumerate(rows)
+            if row["stakeholder"] not in voices[:i]
+        ],
         guide=guide_answers or [],
         cost=_cost(run.record),
         settings=run.record.get("profile") or {},
@@ -157,8 +160,13 @@ def _totals(part: pd.DataFrame) -> dict[str, Any]:
 
     clean = np.array([not faults(line) for line in part.to_dict("records")], dtype=float)
     numbers, grounded = int(part["numbers"].sum()), int(part["grounded"].sum())
-    return {"answers": len(part), "numbers": numbers, "grounded": grounded, "faultless": int(clean.sum()),
-            "faultless_interval": list(clustered_wilson(clean, list(part["scenario_id"])))}  # fmt: skip
+    return {
+        "answers": len(part),
+        "numbers": numbers,
+        "grounded": grounded,
+        "faultless": int(clean.sum()),
+        "faultless_interval": list(clustered_wilson(clean, list(part["scenario_id"]))),
+    }
 
 
 def marked(scores: pd.DataFrame, texts: Mapping, row_id: str, system: str) -> list[tuple[str, str]]:
@@ -175,10 +183,16 @@ def marked(scores: pd.DataFrame, texts: Mapping, row_id: str, system: str) -> li
 def _cost(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One line per stage of the record: seconds, peak memory (MB) and what it wrote (name, MB, sha256)."""
     return [
-        {"stage": name, "time": clock(s["seconds"]), "peak_mb": s.get("peak_mb"),
-         "files": [(file, about["bytes"] / 1e6, about.get("sha256")) for file, about in s.get("outputs", {}).items()]}
+        {
+            "stage": name,
+            "time": clock(s["seconds"]),
+            "peak_mb": s.get("peak_mb"),
+            "files": [
+                (file, about["bytes"] / 1e6, about.get("sha256")) for file, about in s.get("outputs", {}).items()
+            ],
+        }
         for name, s in record.get("stages", {}).items()
-    ]  # fmt: skip
+    ]
 
 
 def embed(chart: Any) -> dict[str, str]:

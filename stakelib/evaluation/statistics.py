@@ -103,8 +103,9 @@ def newcombe(base: np.ndarray, tuned: np.ndarray, clusters: Sequence[Any]) -> tu
     return float(q - p - sqrt(max(down, 0))), float(q - p + sqrt(max(up, 0)))
 
 
-def _compare_one(first: np.ndarray, second: np.ndarray, clusters: Sequence[Any], kind: str,
-                 names: Sequence[str]) -> dict[str, Any]:
+def _compare_one(
+    first: np.ndarray, second: np.ndarray, clusters: Sequence[Any], kind: str, names: Sequence[str]
+) -> dict[str, Any]:
     """Values, intervals, difference and p of one measure; rates with score intervals, numbers by bootstrap."""
     import numpy as np
     from statsmodels.stats.contingency_tables import mcnemar
@@ -127,8 +128,9 @@ def _compare_one(first: np.ndarray, second: np.ndarray, clusters: Sequence[Any],
     return {**line, "p": p}
 
 
-def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
-            pair: tuple[str, str] = ("base", "tuned")) -> pd.DataFrame:
+def compare(
+    scores: pd.DataFrame, measures: Sequence[str] | None = None, pair: tuple[str, str] = ("base", "tuned")
+) -> pd.DataFrame:
     """The first system of `pair` against the second, paired by row: one line per measure that both have.
 
     Columns carry the systems' names; values as 0-1 (yes/no, share) or in their own unit. p: bootstrap clustered by
@@ -147,8 +149,16 @@ def compare(scores: pd.DataFrame, measures: Sequence[str] | None = None,
         if len(wide):
             values = (wide[system].to_numpy() for system in pair)
             found = _compare_one(*values, list(wide.index.get_level_values("scenario_id")), about.kind, pair)
-            lines.append({"measure": name, "label": about.label, "kind": about.kind, "unit": about.unit,
-                          "direction": about.direction, **found})  # fmt: skip
+            lines.append(
+                {
+                    "measure": name,
+                    "label": about.label,
+                    "kind": about.kind,
+                    "unit": about.unit,
+                    "direction": about.direction,
+                    **found,
+                }
+            )
     if not lines:
         raise CourseError(f"no row has {', '.join(measures or MEASURES)} of both systems", "score() them first")
     return _judged(pd.DataFrame(lines))

@@ -54,14 +54,16 @@ def tool_requests(run: Run, enhance: int = 90, voice: int = 9, tool: str | Path 
     return [row for (task, _), rows in taken.items() for row in rows[: wanted[task]]]
 
 
-def ask_as_tool(address: str, model: str, prompt: str, temperature: float = TEMPERATURE, tokens: int = 400,
-                seed: int | None = None) -> dict[str, Any]:
+def ask_as_tool(
+    address: str, model: str, prompt: str, temperature: float = TEMPERATURE, tokens: int = 400, seed: int | None = None
+) -> dict[str, Any]:
     """The tool's own request to Ollama or to this course's endpoint: the reply, with its `seconds` added."""
     options = {"temperature": temperature, "num_predict": tokens} | ({} if seed is None else {"seed": seed})
     body = {"model": model, "prompt": prompt, "stream": False, "options": options}
     start = time.perf_counter()
     request = urllib.request.Request(
-        f"{address}/api/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        f"{address}/api/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=660) as reply:
         return {**json.load(reply), "seconds": time.perf_counter() - start}
 
@@ -80,13 +82,22 @@ class Caller:
     def __exit__(self, *_: object) -> None:
         self.open.close()
 
-    def ask(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int,
-            top_p: float = 1.0) -> Iterator[tuple[int, Answer]]:
+    def ask(
+        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int, top_p: float = 1.0
+    ) -> Iterator[tuple[int, Answer]]:
         """As other engines do; `top_p` is not sent, because the tool sends none: the Modelfile's 0.9 holds."""
         for i, prompt in enumerate(prompts):
             said = ask_as_tool(self.address, model_name(self.gguf), prompt, temperature, max_new_tokens, seed)
-            yield i, Answer(said["response"], said["done_reason"] == "stop", said["eval_count"],
-                            said["prompt_eval_count"], said["seconds"])
+            yield (
+                i,
+                Answer(
+                    said["response"],
+                    said["done_reason"] == "stop",
+                    said["eval_count"],
+                    said["prompt_eval_count"],
+                    said["seconds"],
+                ),
+            )
 
 
 def laid_over(reply: str, base: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
@@ -95,6 +106,7 @@ def laid_over(reply: str, base: Mapping[str, Any]) -> tuple[str, dict[str, Any],
     JSON is laid over the base, one level deep: form "full" (all five parts), "short" (the first reaction and not all
     others) or "other". Everything else is "text", whose first 300 characters become the first reaction.
     """
+
     def refuse(name: str) -> None:  # Python reads NaN, JSON.parse does not
         raise ValueError(name)
 
@@ -145,16 +157,27 @@ def judge(row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
         lost = max(0, len(text) - SHOWN) if form == "text" else 0
     accepted = not wrong
     about = {key: row[key] for key in ("id", "stakeholder", "scenario_id", "task")}
-    return {**about, "system": answer["system"], "form": form, "accepted": accepted,
-            "kept": accepted and not gates["sections and items"](row_said),
-            "grounded": accepted and not gates["figures in prompt"](row_said),
-            "echo": echo, "lost": lost, "seconds": answer["seconds"], "in_time": answer["seconds"] <= LIMIT,
-            "tokens": answer["new_tokens"], "wrong": "; ".join(wrong), "text": text,
-            "prompt": row["prompt"]}
+    return {
+        **about,
+        "system": answer["system"],
+        "form": form,
+        "accepted": accepted,
+        "kept": accepted and not gates["sections and items"](row_said),
+        "grounded": accepted and not gates["figures in prompt"](row_said),
+        "echo": echo,
+        "lost": lost,
+        "seconds": answer["seconds"],
+        "in_time": answer["seconds"] <= LIMIT,
+        "tokens": answer["new_tokens"],
+        "wrong": "; ".join(wrong),
+        "text": text,
+        "prompt": row["prompt"],
+    }
 
 
-def try_in_tool(run: Run, rows: Sequence[Mapping[str, Any]], system: str = "tuned",
-                temperature: float = TEMPERATURE) -> pd.DataFrame:
+def try_in_tool(
+    run: Run, rows: Sequence[Mapping[str, Any]], system: str = "tuned", temperature: float = TEMPERATURE
+) -> pd.DataFrame:
     """Ask "tuned" or "base" (q8) for `rows` through an endpoint, one by one; one line per reply, see `judge`.
 
     Replies are saved as they come, so what is asked again costs nothing. `temperature` 0 is greedy.
@@ -163,8 +186,16 @@ def try_in_tool(run: Run, rows: Sequence[Mapping[str, Any]], system: str = "tune
 
     base = base_model(run.profile.model)
     gguf = gguf_file(run, "q8") if system == "tuned" else ensure_base_gguf(base)["q8"]
-    replies = answers(run, f"tool-{system}", gguf, rows, engine_factory=partial(Caller, tokenizer=base.folder),
-                      max_new_tokens=run.profile.max_new_tokens, temperature=temperature, seed=run.profile.seed)
+    replies = answers(
+        run,
+        f"tool-{system}",
+        gguf,
+        rows,
+        engine_factory=partial(Caller, tokenizer=base.folder),
+        max_new_tokens=run.profile.max_new_tokens,
+        temperature=temperature,
+        seed=run.profile.seed,
+    )
     return pd.DataFrame([judge(row, {**reply, "system": system}) for row, reply in zip(rows, replies, strict=True)])
 
 
@@ -180,16 +211,26 @@ def accepted_share(table: pd.DataFrame) -> pd.DataFrame:
         good, kept = rows["accepted"], rows["kept"] & rows["grounded"]
         measures = {
             "JSON accepted, short": good & (rows["form"] == "short"),
-            "JSON accepted, full": good & (rows["form"] == "full"), "points kept": rows["kept"],
+            "JSON accepted, full": good & (rows["form"] == "full"),
+            "points kept": rows["kept"],
             "every figure from the prompt": rows["grounded"],
             "free of echo": ~rows["echo"] & (rows["text"].str.strip() != ""),
-            "accepted within 3 s": good & rows["in_time"]}
+            "accepted within 3 s": good & rows["in_time"],
+        }
         if task == "voice":
             measures = {"voice passes the echo filter": good, "voice of 2-3 sentences, figures right": kept}
         for name, values in measures.items():
             low, high = clustered_wilson(values.to_numpy(float), list(rows["scenario_id"]))
-            lines.append({"system": system, "measure": name, "n": len(rows), "value": float(values.mean()),
-                          "low": low, "high": high})
+            lines.append(
+                {
+                    "system": system,
+                    "measure": name,
+                    "n": len(rows),
+                    "value": float(values.mean()),
+                    "low": low,
+                    "high": high,
+                }
+            )
     return pd.DataFrame(lines)
 
 
@@ -218,8 +259,16 @@ def waiting(run: Run, table: pd.DataFrame, times: int = 3) -> pd.DataFrame:
     settings = {"prompt": prompt, "replies": [list(table["id"]), list(table["text"])], "times": times}
     cold = run.stage("tool", settings, [gguf], [], work)["cold"]
     groups = {f"warm, {form}": part["seconds"] for form, part in tuned.groupby("form")}
-    lines = [{"request": name, "n": len(s), "p50": pd.Series(s).median(), "p95": pd.Series(s).quantile(0.95),
-              "within 3 s": float((pd.Series(s) <= LIMIT).mean())} for name, s in {**groups, "cold": cold}.items()]
+    lines = [
+        {
+            "request": name,
+            "n": len(s),
+            "p50": pd.Series(s).median(),
+            "p95": pd.Series(s).quantile(0.95),
+            "within 3 s": float((pd.Series(s) <= LIMIT).mean()),
+        }
+        for name, s in {**groups, "cold": cold}.items()
+    ]
     return pd.DataFrame(lines)
 
 
@@ -237,22 +286,36 @@ def tool_patch(run: Run, table: pd.DataFrame, tool: str | Path | None = None) ->
         lines = [f"  {key}: {value}," for key, value in values.items()]
         why = f"95 % of the replies took {asked['seconds'].quantile(0.95):.1f} s here, and half as much again"
         lines[1] += f"  // {why}"
-        off = ["  // and set the switch of WebLLM in this block to false: it is asked before Ollama,",
-               "  // and first downloads another model of 1.77 GB"]
-        return "\n".join(["// src/utils/stakeholder-ai.ts: change these, leave the others",
-                          "export const DEFAULT_AI_CONFIG: AIConfig = {", *lines, *off, "};"])  # fmt: skip
+        off = [
+            "  // and set the switch of WebLLM in this block to false: it is asked before Ollama,",
+            "  // and first downloads another model of 1.77 GB",
+        ]
+        return "\n".join(
+            [
+                "// src/utils/stakeholder-ai.ts: change these, leave the others",
+                "export const DEFAULT_AI_CONFIG: AIConfig = {",
+                *lines,
+                *off,
+                "};",
+            ]
+        )
     files = [p for p in sorted(Path(tool).rglob("stakeholder-ai.ts")) if "node_modules" not in p.parts]
     texts = {p: p.read_text(encoding="utf-8") for p in files}
     texts = {p: text for p, text in texts.items() if re.search(r"DEFAULT_AI_CONFIG\b[^=]*=\s*\{", text)}
     if len(texts) != 1:
-        raise CourseError(f"{tool}: {len(texts)} files stakeholder-ai.ts with a DEFAULT_AI_CONFIG, one is needed",
-                          "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out")
-    (file, text), = texts.items()
+        raise CourseError(
+            f"{tool}: {len(texts)} files stakeholder-ai.ts with a DEFAULT_AI_CONFIG, one is needed",
+            "name the folder of a Scenario Dialogue Tool checkout, or leave the tool out",
+        )
+    ((file, text),) = texts.items()
     head, start, rest = re.split(r"(DEFAULT_AI_CONFIG\b[^=]*=\s*\{)", text, maxsplit=1)
     block, end, after = rest.partition("\n}")
     for key, value in values.items():
         block = re.sub(rf"(\b{key}\s*:\s*)('[^']*'|\"[^\"]*\"|\d+)", lambda m, v=value: m[1] + v, block)
     block = re.sub(r"(?i)(\w*web_?llm\w*\s*:\s*)true\b", r"\1false", block)
     name = file.relative_to(tool).as_posix()
-    return "".join(difflib.unified_diff(text.splitlines(True), (head + start + block + end + after).splitlines(True),
-                                        f"a/{name}", f"b/{name}"))
+    return "".join(
+        difflib.unified_diff(
+            text.splitlines(True), (head + start + block + end + after).splitlines(True), f"a/{name}", f"b/{name}"
+        )
+    )

@@ -33,8 +33,11 @@ def _moving(metric: str, way: str) -> re.Pattern[str]:
     """A metric's name with a verb of that way: "coal of 40 MW falls" (not short), "the growth of peak demand"."""
     name, verb = (rf"\b(?:{part})\b" for part in (words()["names"][metric], words()[way]))
     gap, link, no_move = words()["gap"], words()["link"], "of|in|short|behind|below"
-    return re.compile(rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:{no_move}) )"
-                      rf"|{verb}(?: (?:{link})){{0,4}} {name}", re.I)
+    return re.compile(
+        rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:{no_move}) )"
+        rf"|{verb}(?: (?:{link})){{0,4}} {name}",
+        re.I,
+    )
 
 
 def statements(text: str) -> list[str]:
@@ -85,19 +88,21 @@ def _stated(sentence: str, start: int, end: int) -> bool:
 
 
 def _against_itself(sentence: str) -> list[str]:
-    """"falls from 60% to 80%", "goes from 60% to 80%, a clear fall": a verb that its two figures of one unit deny."""
+    """ "falls from 60% to 80%", "goes from 60% to 80%, a clear fall": a verb that its two figures of one unit deny."""
     told = mentions(sentence) if " from " in sentence else []
     after = {way: rf"(?:,? (?:in|by) \d{{4}})?, an? (?:\w+ )?(?:{words()[way]})\b" for way in ("up", "down")}
 
     def wrong(a: Mention, b: Mention) -> bool:
         verbs = [(m.end(), way) for way in after for m in _any(way).finditer(sentence, 0, a.start)]
-        said = [way for end, way in sorted(verbs)[-1:] if re.fullmatch(r"(?: \w+){0,5} from ", sentence[end:a.start])]
-        said += [way for way in after if re.match(after[way], sentence[b.end:], re.I)]
-        linked = re.fullmatch(r"(?:,? (?:in|by) \d{4})?(?: up| down)? to ", sentence[a.end:b.start])
+        said = [way for end, way in sorted(verbs)[-1:] if re.fullmatch(r"(?: \w+){0,5} from ", sentence[end : a.start])]
+        said += [way for way in after if re.match(after[way], sentence[b.end :], re.I)]
+        linked = re.fullmatch(r"(?:,? (?:in|by) \d{4})?(?: up| down)? to ", sentence[a.end : b.start])
         denied = linked and a.unit == b.unit and ("up", "down")[b.value > a.value] in said
         return bool(denied and _stated(sentence, a.start, b.end))
 
-    return [sentence[a.start:b.end] for a, b in zip(told, told[1:], strict=False) if a.value != b.value and wrong(a, b)]
+    return [
+        sentence[a.start : b.end] for a, b in zip(told, told[1:], strict=False) if a.value != b.value and wrong(a, b)
+    ]
 
 
 def priorities(text: str, stakeholder: str) -> float:
@@ -108,6 +113,7 @@ def priorities(text: str, stakeholder: str) -> float:
 
 def agreement(first: str, second: str) -> float:
     """Mean (0-1) of the Jaccard indices of cited figures and of topics under Concerns; 0 where neither has any."""
+
     def common(a: set, b: set) -> float:
         return len(a & b) / len(a | b) if a | b else 0.0
 
@@ -143,5 +149,7 @@ def perplexity(texts: list[str], name: str = "gemma-3-270m") -> list[float | Non
     if not (folder / "source.json").exists():
         return [None] * len(texts)
     tokenizer, model = load_tokenizer(folder), load_weights(folder)
-    return [exp(row_nll(model, Rendered(ids, [0] + [1] * (len(ids) - 1))) / (len(ids) - 1)) if len(ids) > 1 else None
-            for ids in (tokenizer(text)["input_ids"] for text in texts)]
+    return [
+        exp(row_nll(model, Rendered(ids, [0] + [1] * (len(ids) - 1))) / (len(ids) - 1)) if len(ids) > 1 else None
+        for ids in (tokenizer(text)["input_ids"] for text in texts)
+    ]

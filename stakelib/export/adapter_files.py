@@ -32,8 +32,10 @@ def export_nine(run: Run, start: str = "base") -> dict[str, Path]:
         for who, adapter in adapters.items():
             adapter_to_gguf(adapter, gguf, files[who])
         told = {who: (run if who == ALL else voice_run(run, who, start)).record["stages"]["train"] for who in adapters}
-        return {"bytes": {who: file.stat().st_size for who, file in files.items()},
-                **{k: {who: about[k] for who, about in told.items()} for k in ("seconds", "peak_mb")}}
+        return {
+            "bytes": {who: file.stat().st_size for who, file in files.items()},
+            **{k: {who: about[k] for who, about in told.items()} for k in ("seconds", "peak_mb")},
+        }
 
     run.stage(PLACES[start], {"kind": "Q8_0"}, [*adapters.values(), gguf], list(files.values()), work)
     return files
@@ -73,11 +75,15 @@ def adapter_to_gguf(adapter: Path, base: Path, target: Path, kind: str | None = 
     known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[name], header.get_field(f"{name}.block_count").contents())
     config = json.loads((adapter / PEFT_FILES[0]).read_text(encoding="utf-8"))
-    parts = {tuple(re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", n).groups()): t
-             for n, t in load_file(adapter / PEFT_FILES[1]).items()}  # fmt: skip
+    parts = {
+        tuple(re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", n).groups()): t
+        for n, t in load_file(adapter / PEFT_FILES[1]).items()
+    }
     if lost := sorted({module for module, _ in parts if names.get_name(module) is None}):
-        raise CourseError([f"{adapter.name}: llama.cpp has no name for {module} in a {name}" for module in lost],
-                          "merge each adapter into a file of its own: export(voice_run, adapter)")
+        raise CourseError(
+            [f"{adapter.name}: llama.cpp has no name for {module} in a {name}" for module in lost],
+            "merge each adapter into a file of its own: export(voice_run, adapter)",
+        )
     with writing(target) as part:
         writer = gguf.GGUFWriter(part, name)
         writer.add_type(gguf.GGUFType.ADAPTER)

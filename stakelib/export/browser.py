@@ -21,8 +21,11 @@ from stakelib.voices import STAKEHOLDERS
 
 WLLAMA = "@wllama/wllama@3.8.1"
 WLLAMA_SHA256 = "bbe65fcc6d128d7853aed6d1699db7541e51a0363dc0135b8b68153acbf74670"
-PARTS = {"package/esm/index.min.js": "wllama.js", "package/esm/wasm/wllama.wasm": "wllama.wasm",
-         "package/LICENCE": "wllama-licence.txt"}  # fmt: skip
+PARTS = {
+    "package/esm/index.min.js": "wllama.js",
+    "package/esm/wasm/wllama.wasm": "wllama.wasm",
+    "package/LICENCE": "wllama-licence.txt",
+}
 LARGEST = 2 * 10**9  # bytes that a browser holds in one piece; beyond, wllama wants pieces of 512 MB
 SPLITTER = "llama-gguf-split"
 
@@ -42,12 +45,17 @@ def wllama(package: str = WLLAMA, digest: str = WLLAMA_SHA256) -> Path:
         part.mkdir(parents=True)
         done = subprocess.run(
             [npm, "pack", package, "--silent", "--fetch-retries=0", "--pack-destination", str(part)],
-            capture_output=True, text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         archive = next(part.glob("*.tgz"), None)
         if done.returncode or archive is None:
-            raise CourseError([f"npm could not fetch {package}", *done.stderr.strip().splitlines()[-2:]],
-                              f"check the network and try again, {elsewhere}")  # fmt: skip
+            raise CourseError(
+                [f"npm could not fetch {package}", *done.stderr.strip().splitlines()[-2:]],
+                f"check the network and try again, {elsewhere}",
+            )
         if (found := sha256(archive)) != digest:
             problem = f"wllama: sha256 is {found}, {digest} was expected"
             raise CourseError(problem, "the download was changed on its way: try another network; nothing was kept")

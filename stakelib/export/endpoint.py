@@ -124,8 +124,10 @@ class Api(Guarded):
         changed = datetime.fromtimestamp(file.st_mtime, UTC).isoformat()
         facts = {"modified_at": changed, "size": file.st_size, "digest": "", "details": {"format": "gguf"}}
         names = [f"{name}:latest" for name in self.about["names"]]
-        found = {"version": {"version": f"0.0.0-stakelib-{__version__}"},
-                 "tags": {"models": [{"name": name, "model": name, **facts} for name in names]}}  # fmt: skip
+        found = {
+            "version": {"version": f"0.0.0-stakelib-{__version__}"},
+            "tags": {"models": [{"name": name, "model": name, **facts} for name in names]},
+        }
         self.finish(found[what])
 
     async def post(self, what: str) -> None:
@@ -171,11 +173,17 @@ class Api(Guarded):
             return
         times, usage = last["timings"], last["usage"]
         self.say(
-            what, ask, "" if ask.stream else "".join(parts), done_reason=last["choices"][0]["finish_reason"],
-            total_duration=round((time.monotonic() - start) * 1e9), load_duration=0,
-            prompt_eval_count=usage["prompt_tokens"], prompt_eval_duration=round(times["prompt_ms"] * 1e6),
-            eval_count=usage["completion_tokens"], eval_duration=round(times["predicted_ms"] * 1e6),
-        )  # fmt: skip
+            what,
+            ask,
+            "" if ask.stream else "".join(parts),
+            done_reason=last["choices"][0]["finish_reason"],
+            total_duration=round((time.monotonic() - start) * 1e9),
+            load_duration=0,
+            prompt_eval_count=usage["prompt_tokens"],
+            prompt_eval_duration=round(times["prompt_ms"] * 1e6),
+            eval_count=usage["completion_tokens"],
+            eval_duration=round(times["predicted_ms"] * 1e6),
+        )
 
     async def chunks(self, ids: list[int], options: Options, voice: str | None) -> AsyncIterator[dict[str, Any]]:
         """What llama.cpp writes, `voice` being the adapter that speaks, if any.
@@ -186,8 +194,13 @@ class Api(Guarded):
         loop, until = asyncio.get_running_loop(), time.monotonic() + self.about["seconds"]
         new = options.num_predict if options.num_predict >= 0 else CONTEXT
         settings = options.model_dump(exclude={"num_predict"}, exclude_none=True) | {
-            "prompt": ids, "n_predict": min(new, CONTEXT - len(ids)), "stream": True, "cache_prompt": False,
-            "min_p": 0.0, **self.llama.lora(voice)}  # fmt: skip
+            "prompt": ids,
+            "n_predict": min(new, CONTEXT - len(ids)),
+            "stream": True,
+            "cache_prompt": False,
+            "min_p": 0.0,
+            **self.llama.lora(voice),
+        }
 
         def each(chunk: dict[str, Any]) -> bool:
             loop.call_soon_threadsafe(queue.put_nowait, chunk)

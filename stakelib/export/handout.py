@@ -55,15 +55,22 @@ def _facts(run: Run, base: Any, gguf: Path) -> dict[str, Any]:
     stages, file = run.record["stages"], run.folder / "evaluation" / "evaluation.json"
     size = gguf.stat().st_size
     return {
-        "name": f"stakeholder-{base.short_name}", "base": base, "gguf": gguf.name, "bytes": size, "run": run.profile,
+        "name": f"stakeholder-{base.short_name}",
+        "base": base,
+        "gguf": gguf.name,
+        "bytes": size,
+        "run": run.profile,
         "limits": {place: (gb, size < gb * 1e9) for place, gb in LIMITS_GB.items()},
-        "data": stages.get("data", {}).get("result", {}), "train": stages.get("train", {}).get("result", {}),
-        "recipe": stages.get("train", {}).get("settings", {}).get("recipe", {}), "proof": stages["parity"]["result"],
+        "data": stages.get("data", {}).get("result", {}),
+        "train": stages.get("train", {}).get("result", {}),
+        "recipe": stages.get("train", {}).get("settings", {}).get("recipe", {}),
+        "proof": stages["parity"]["result"],
         "evaluation": json.loads(file.read_text(encoding="utf-8")) if file.exists() else None,
         "gemma": "gemma" in base.licence.lower() or "gemma" in base.name.lower(),
-        "machine": run.record.get("machine") or {}, "versions": versions(),
+        "machine": run.record.get("machine") or {},
+        "versions": versions(),
         "quantisation": gguf.stem.rpartition("-")[2],
-    }  # fmt: skip
+    }
 
 
 def _template(name: str) -> Any:
@@ -71,7 +78,11 @@ def _template(name: str) -> Any:
 
     folder = Path(__file__).with_name("templates")
     env = Environment(
-        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,  # noqa: S701 - Markdown, not HTML
-    )  # fmt: skip
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - Markdown, not HTML
+    )
     return env.get_template(name)

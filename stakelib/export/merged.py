@@ -11,9 +11,14 @@ from stakelib.run import CourseError, writing
 
 # Copied from the base, byte for byte: tokenizers that are saved again lose files that the converter needs.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def merge(base: BaseModel, adapter: Path, folder: Path) -> None:
@@ -44,9 +49,10 @@ def check_folder(folder: Path, base: BaseModel) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     original = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     problems = [
-        f"{name} of the base is missing" for name in TOKENIZER_FILES
+        f"{name} of the base is missing"
+        for name in TOKENIZER_FILES
         if (base.folder / name).exists() and not (folder / name).exists()
-    ]  # fmt: skip
+    ]
     problems += [
         f"config.json: {key} is {config.get(key)}, the base has {original.get(key)}"
         for key in ("architectures", "vocab_size")

@@ -85,8 +85,10 @@ def ollama_hop(run: Run, prompt: str, server: str = SERVER) -> dict[str, Any]:
     """
     base = base_model(run.profile.model)
     name = f"stakeholder-{base.short_name}-proof"
-    commands = [f"ollama create {name.removesuffix('-proof')} -f Modelfile",
-                f'ollama run {name.removesuffix("-proof")} "..."']  # fmt: skip
+    commands = [
+        f"ollama create {name.removesuffix('-proof')} -f Modelfile",
+        f'ollama run {name.removesuffix("-proof")} "..."',
+    ]
     tool = shutil.which("ollama")
     try:
         version = _call(server, "/api/version")["version"]
@@ -94,8 +96,13 @@ def ollama_hop(run: Run, prompt: str, server: str = SERVER) -> dict[str, Any]:
         return {"why": f"no Ollama answers at {server}: {problem}", "commands": commands}
     if tool is None:
         return {"why": f"Ollama {version} answers at {server}, but 'ollama' is not on the PATH", "commands": commands}
-    made = subprocess.run([tool, "create", name, "-f", "Modelfile"], cwd=run.folder, capture_output=True,
-                          encoding="utf-8", errors="replace")  # fmt: skip
+    made = subprocess.run(
+        [tool, "create", name, "-f", "Modelfile"],
+        cwd=run.folder,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if made.returncode:
         raise CourseError([f"ollama create failed: {made.stderr.strip()[-300:]}"], "update Ollama and run this again")
     try:
@@ -115,11 +122,14 @@ def ollama_hop(run: Run, prompt: str, server: str = SERVER) -> dict[str, Any]:
     if problems:
         raise CourseError(problems, f"report these lines with Ollama's version, {version}")
     return {
-        "version": version, "same_template": True, "same_tokens": True, "text": said["response"],
+        "version": version,
+        "same_template": True,
+        "same_tokens": True,
+        "text": said["response"],
         "same_text": said["response"].strip() == ours.text.strip(),
         "load_s": round(warm.get("load_duration", 0) / 1e9, 2),
         "tokens_per_s": round(said["eval_count"] / max(said["eval_duration"], 1) * 1e9, 1),
-    }  # fmt: skip
+    }
 
 
 def _call(server: str, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> dict[str, Any]:

@@ -23,10 +23,17 @@ CHOSEN = 0.95  # share of llama.cpp's own tokens that must be the merged model's
 STOPS = 0.75  # share of answers that must end by themselves
 START = 64  # tokens of an answer that are compared
 COLUMNS = {  # of the table
-    "nll": "nats/token", "kl": "KL from f16", "top": "same top token", "mb": "MB", "same_ids": "same ids",
-    "agree": "llama.cpp agrees", "same_start": "same first 64", "prefix": "same for", "stopped": "stopped",
+    "nll": "nats/token",
+    "kl": "KL from f16",
+    "top": "same top token",
+    "mb": "MB",
+    "same_ids": "same ids",
+    "agree": "llama.cpp agrees",
+    "same_start": "same first 64",
+    "prefix": "same for",
+    "stopped": "stopped",
     "tokens_per_s": "tokens/s",
-}  # fmt: skip
+}
 
 
 def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompts: Sequence[str]) -> dict[str, Any]:
@@ -51,10 +58,15 @@ def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompts: Sequence[
         hops = _hops(base, adapter, merged, files, rows, answers, found)
         tokenizer = load_tokenizer(base.folder)
         result = {
-            "hops": hops, "engine": found, "nll": {k: h["nll"] for k, h in hops.items()}, "rows": len(rows),
+            "hops": hops,
+            "engine": found,
+            "nll": {k: h["nll"] for k, h in hops.items()},
+            "rows": len(rows),
             "bits_per_byte": {k: round(bits_per_byte(h["nll"], rows, tokenizer), 5) for k, h in hops.items()},
-            "prompts": len(prompts), "same_ids": all(f["same_ids"] for f in found.values()), "answers": why,
-        }  # fmt: skip
+            "prompts": len(prompts),
+            "same_ids": all(f["same_ids"] for f in found.values()),
+            "answers": why,
+        }
         _judge(result, faults, judged)
         return result
 
@@ -98,15 +110,18 @@ def _asked(file: Path, base: BaseModel, prompts: Sequence[str], limit: int) -> t
         asked = [render(tokenizer, p).ids for p in prompts]
         same_ids = all(llama.tokenize(p) == ids for p, ids in zip(prompts, asked, strict=True))
     answers = [replies[i] for i in range(len(prompts))]
-    starts = [Rendered(p + a.ids[:START], [0] * len(p) + [1] * len(a.ids[:START])) for p, a in
-              zip(asked, answers, strict=True)]  # fmt: skip
+    starts = [
+        Rendered(p + a.ids[:START], [0] * len(p) + [1] * len(a.ids[:START]))
+        for p, a in zip(asked, answers, strict=True)
+    ]
     return {
-        "mb": round(file.stat().st_size / 1e6, 1), "same_ids": same_ids,
+        "mb": round(file.stat().st_size / 1e6, 1),
+        "same_ids": same_ids,
         "same_template": all(_own_template(file, tokenizer, p) for p in prompts),
         "stopped": round(sum(a.stopped for a in answers) / len(answers), 3),
         "unused": sum("<unused" in a.text for a in answers),
         "tokens_per_s": round(sum(a.new_tokens for a in answers) / seconds, 1),
-    }, starts  # fmt: skip
+    }, starts
 
 
 def _own_template(file: Path, tokenizer: Any, prompt: str) -> bool:
@@ -127,9 +142,14 @@ def _own_template(file: Path, tokenizer: Any, prompt: str) -> bool:
 
 
 def _hops(
-    base: BaseModel, adapter: Path, merged: Path, files: dict[str, Path], rows: Sequence[Rendered],
-    answers: dict[str, list[Rendered]], found: dict[str, dict[str, Any]],
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    base: BaseModel,
+    adapter: Path,
+    merged: Path,
+    files: dict[str, Path],
+    rows: Sequence[Rendered],
+    answers: dict[str, list[Rendered]],
+    found: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
     """Loss, KL and likeliest tokens of each form; `found` learns how far llama.cpp's answers are the merged model's."""
     kept, exact = _reference(files["f16"], rows)
     precision, readings = trained_in_mlx(adapter), {}
@@ -146,10 +166,12 @@ def _hops(
     best = readings["merged"].top
     return {
         name: {
-            "nll": round(r.nll, 5), "kl": None if r.kl is None else round(r.kl, 7),
+            "nll": round(r.nll, 5),
+            "kl": None if r.kl is None else round(r.kl, 7),
             "top": round(_equal(r.top, best), 4) if r.top else None,
-        } for name, r in readings.items()
-    }  # fmt: skip
+        }
+        for name, r in readings.items()
+    }
 
 
 def _reference(f16: Path, rows: Sequence[Rendered]) -> tuple[Reference, Reading]:
@@ -159,9 +181,14 @@ def _reference(f16: Path, rows: Sequence[Rendered]) -> tuple[Reference, Reading]
 
 
 def _read(
-    source: Path, adapter: Path | None, rows: Sequence[Rendered], kept: Reference,
-    answers: dict[str, list[Rendered]], found: dict[str, dict[str, Any]], is_merged: bool,
-) -> Reading:  # fmt: skip
+    source: Path,
+    adapter: Path | None,
+    rows: Sequence[Rendered],
+    kept: Reference,
+    answers: dict[str, list[Rendered]],
+    found: dict[str, dict[str, Any]],
+    is_merged: bool,
+) -> Reading:
     """Load one form and measure it; the model is gone when this returns, before the next is loaded."""
     model = load_weights(source, adapter, dtype="float32")
     for name, starts in answers.items() if is_merged else ():
@@ -179,8 +206,9 @@ def _agreement(merged: Any, starts: Sequence[Rendered]) -> dict[str, float]:
     """
     same = [
         [a == b for a, b in zip(read(merged, [row]).top, row.ids[len(row.prompt_ids) :], strict=True)]
-        for row in starts if sum(row.mask)
-    ]  # fmt: skip
+        for row in starts
+        if sum(row.mask)
+    ]
     prefixes = [s.index(False) if False in s else len(s) for s in same] or [0]
     return {
         "agree": round(sum(map(sum, same)) / max(1, sum(map(len, same))), 4),
@@ -223,7 +251,9 @@ def _answer_faults(name: str, said: Mapping[str, Any], judged: bool) -> list[str
         (said["same_template"], "its own chat template wraps a prompt otherwise than training did"),
         (not judged or said["unused"] == 0, f"{said['unused']} answers hold <unused> tokens"),
         (not judged or said["stopped"] >= STOPS, f"only {said['stopped']:.0%} of the answers end by themselves"),
-        (not judged or name != "f16" or said["agree"] >= CHOSEN,
-         f"{said['agree']:.1%} of llama.cpp's tokens are those that the merged model would take"),
-    ]  # fmt: skip
+        (
+            not judged or name != "f16" or said["agree"] >= CHOSEN,
+            f"{said['agree']:.1%} of llama.cpp's tokens are those that the merged model would take",
+        ),
+    ]
     return [what for good, what in checks if not good]

@@ -33,7 +33,13 @@ BODY, SECONDS = 256 * 1024, 120.0  # largest request in bytes; longest that an a
 
 @contextlib.contextmanager
 def serving(
-    gguf: Path, tokenizer: Path, port: int = 0, *, alias: str = "", page: Path | None = None, seconds: float = SECONDS,
+    gguf: Path,
+    tokenizer: Path,
+    port: int = 0,
+    *,
+    alias: str = "",
+    page: Path | None = None,
+    seconds: float = SECONDS,
     adapters: Mapping[str, Path] | None = None,
 ) -> Iterator[str]:
     """Serve the model in `gguf` on 127.0.0.1 while the context lasts; yields the address once it is warm.
@@ -117,9 +123,7 @@ def main() -> int:
             raise CourseError(f"{gguf} is missing", "run the course up to notebook 05, or name another run with --out")
         print(f"Loading {gguf.name} ...", flush=True)
         shown = page if page.exists() else None
-        with serving(
-            gguf, base.folder, options.port, alias=options.alias, page=shown, adapters=adapters
-        ) as address:
+        with serving(gguf, base.folder, options.port, alias=options.alias, page=shown, adapters=adapters) as address:
             print(f"Ready: {_named(gguf, adapters)} at {address}, for programs of this computer only.")
             print(f"The page: {address}/" if shown else "No page yet: notebook 08 makes it.")
             print("To stop: Ctrl-C", flush=True)

@@ -6,6 +6,23 @@ from stakelib.models.engines import Answer, engine, load_config, load_tokenizer,
 from stakelib.models.likelihood import bits_per_byte, nll, row_nll
 
 __all__ = [
-    "MODELS", "Answer", "BaseModel", "Rendered", "base_model", "bits_per_byte", "config_of", "engine", "find_model",
-    "gguf_base", "load_config", "load_tokenizer", "load_weights", "nll", "preflight", "render", "row_nll", "stop_ids",
-    "template"]
+    "MODELS",
+    "Answer",
+    "BaseModel",
+    "Rendered",
+    "base_model",
+    "bits_per_byte",
+    "config_of",
+    "engine",
+    "find_model",
+    "gguf_base",
+    "load_config",
+    "load_tokenizer",
+    "load_weights",
+    "nll",
+    "preflight",
+    "render",
+    "row_nll",
+    "stop_ids",
+    "template",
+]

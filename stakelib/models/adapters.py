@@ -31,9 +31,16 @@ def to_mlx(adapter: Path, precision: str | None = None) -> Path:
         turned = {_other(n): t.float().T.contiguous() for n, t in tensors.items()}
         save_file(turned, part / MLX_FILES[1], {"format": "mlx"})
         parameters = {"rank": rank, "scale": config["lora_alpha"] / rank, "dropout": config["lora_dropout"]}
-        atomic_write_json(part / MLX_FILES[0], {
-            "fine_tune_type": "lora", "num_layers": len(layers), "lora_parameters": {**parameters, "keys": keys},
-            "model": config["base_model_name_or_path"], "base_precision": precision})
+        atomic_write_json(
+            part / MLX_FILES[0],
+            {
+                "fine_tune_type": "lora",
+                "num_layers": len(layers),
+                "lora_parameters": {**parameters, "keys": keys},
+                "model": config["base_model_name_or_path"],
+                "base_precision": precision,
+            },
+        )
     return adapter / "mlx"
 
 
@@ -48,10 +55,16 @@ def to_peft(mlx: Path, adapter: Path) -> Path:
     numbers = sorted({int(n.split("layers.")[1].split(".")[0]) for n in tensors})
     adapter.mkdir(parents=True, exist_ok=True)
     LoraConfig(
-        r=ours["rank"], lora_alpha=round(ours["scale"] * ours["rank"]), lora_dropout=ours["dropout"], bias="none",
-        target_modules=sorted({n.split(".")[-2] for n in tensors}), layers_to_transform=numbers,
-        task_type="CAUSAL_LM", base_model_name_or_path=config.get("model"), inference_mode=True,
-    ).save_pretrained(adapter)  # fmt: skip
+        r=ours["rank"],
+        lora_alpha=round(ours["scale"] * ours["rank"]),
+        lora_dropout=ours["dropout"],
+        bias="none",
+        target_modules=sorted({n.split(".")[-2] for n in tensors}),
+        layers_to_transform=numbers,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=config.get("model"),
+        inference_mode=True,
+    ).save_pretrained(adapter)
     save_file({_other(n): t.float().T.contiguous() for n, t in tensors.items()}, adapter / PEFT_FILES[1])
     return adapter
 

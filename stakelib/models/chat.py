@@ -48,7 +48,8 @@ def template(tokenizer: Any) -> Template:
         between, after = rest.split(ANSWER)
     except (ValueError, TypeError, TemplateError) as problem:
         raise CourseError(
-            f"the chat template cannot be used: {problem}", "choose a model of the list with --model") from problem
+            f"the chat template cannot be used: {problem}", "choose a model of the list with --model"
+        ) from problem
     # all_special_tokens holds the named ones only (bos, eos...), and Gemma 3 gives its end of turn no name
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     control = [*tokenizer.all_special_tokens, *added]
@@ -56,7 +57,8 @@ def template(tokenizer: Any) -> Template:
     if end is None or opening != before + PROMPT + between:
         raise CourseError(
             [f"the chat template ends an answer with {after!r}", f"and opens one with {opening!r}"],
-            "choose a model of the list with --model")
+            "choose a model of the list with --model",
+        )
     return Template(before, between, end)
 
 

@@ -32,8 +32,14 @@ class Answer:
     ids: list[int] = field(default_factory=list)  # of the new tokens, where they were asked for
 
 
-def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path | None = None,
-           context: int = 2048, adapters: Mapping[str, Path] | None = None) -> Any:
+def engine(
+    path: Path,
+    tokenizer: Path,
+    kind: str = "llama.cpp",
+    adapter: Path | None = None,
+    context: int = 2048,
+    adapters: Mapping[str, Path] | None = None,
+) -> Any:
     """A context manager whose `ask(prompts)` yields (index, Answer) as they finish.
 
     `path`: a GGUF file ("llama.cpp") or a model folder ("transformers" or "mlx", where `adapter` may name a LoRA
@@ -53,12 +59,15 @@ def engine(path: Path, tokenizer: Path, kind: str = "llama.cpp", adapter: Path |
     return Transformers(path, tokenizer, adapter, adapters)
 
 
-def known_voices(voices: Sequence[str | None] | None, prompts: Sequence[str],
-                 adapters: Mapping[str, Path]) -> list[str | None]:
+def known_voices(
+    voices: Sequence[str | None] | None, prompts: Sequence[str], adapters: Mapping[str, Path]
+) -> list[str | None]:
     """One voice for each prompt, None being the base; CourseError for voices without an adapter."""
     if unknown := {str(v) for v in voices or () if v is not None and v not in adapters}:
-        raise CourseError([f"no adapter for voice '{v}'" for v in sorted(unknown)],
-                          f"choose one of: {', '.join(adapters) or 'none is loaded'}")
+        raise CourseError(
+            [f"no adapter for voice '{v}'" for v in sorted(unknown)],
+            f"choose one of: {', '.join(adapters) or 'none is loaded'}",
+        )
     return list(voices or [None] * len(prompts))
 
 
@@ -92,8 +101,14 @@ def load_config(folder: Path) -> Any:
 class LlamaCpp:
     """llama.cpp in this process, answering several prompts at once (continuous batching)."""
 
-    def __init__(self, gguf: Path, tokenizer: Path, at_once: int = 8, context: int = 2048,
-                 adapters: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        gguf: Path,
+        tokenizer: Path,
+        at_once: int = 8,
+        context: int = 2048,
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:
         self.gguf, self.at_once, self.context, self.adapters = Path(gguf), at_once, context, dict(adapters or {})
         self.tokenizer = load_tokenizer(tokenizer)
 
@@ -128,16 +143,25 @@ class LlamaCpp:
         count, mb = len(self.adapters), self.gguf.stat().st_size / 1e6
         return CourseError(
             f"llama.cpp cannot load {self.gguf.name} with {count} adapters: {problem}",
-            f"merge each into a file of its own, export(voice_run, adapter): {count} x {mb:,.0f} MB instead of one")
+            f"merge each into a file of its own, export(voice_run, adapter): {count} x {mb:,.0f} MB instead of one",
+        )
 
     def lora(self, voice: str | None) -> dict[str, Any]:
         """What a request must say to be answered by this voice's adapter, or by the base alone."""
         on = [{"id": i, "scale": 1.0} for i, name in enumerate(self.adapters) if name == voice]
         return {"lora": on} if self.adapters else {}
 
-    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0, seed: int = 0,
-            top_p: float = 1.0, ids: bool = False,
-            voices: Sequence[str | None] | None = None) -> Iterator[tuple[int, Answer]]:
+    def ask(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 400,
+        temperature: float = 0.0,
+        seed: int = 0,
+        top_p: float = 1.0,
+        ids: bool = False,
+        voices: Sequence[str | None] | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer) in the order in which answers finish. Temperature 0 is greedy.
 
         With `ids`, answers hold the ids of their tokens too (the end-of-turn token may be among them). `voices`: for
@@ -151,7 +175,8 @@ class LlamaCpp:
         try:
             waiting = {
                 pool.submit(self._one, render(self.tokenizer, p).ids, settings | self.lora(v)): i
-                for i, (p, v) in enumerate(zip(prompts, voices, strict=True))}
+                for i, (p, v) in enumerate(zip(prompts, voices, strict=True))
+            }
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         finally:
@@ -161,7 +186,8 @@ class LlamaCpp:
         if len(ids) + settings["n_predict"] > self.context:
             raise CourseError(
                 f"{len(ids)} prompt tokens and {settings['n_predict']} new ones exceed the context of {self.context}",
-                "shorten the prompt")
+                "shorten the prompt",
+            )
         start = time.perf_counter()
         reply = self.server.handle_completions({"prompt": ids, **settings})
         if "choices" not in reply:
@@ -169,8 +195,13 @@ class LlamaCpp:
         choice, usage = reply["choices"][0], reply["usage"]
         seconds = time.perf_counter() - start
         return Answer(
-            choice["text"], choice["finish_reason"] == "stop", usage["completion_tokens"], usage["prompt_tokens"],
-            seconds, [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])])
+            choice["text"],
+            choice["finish_reason"] == "stop",
+            usage["completion_tokens"],
+            usage["prompt_tokens"],
+            seconds,
+            [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])],
+        )
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids that llama.cpp itself makes of a prompt inside the chat template (BOS written by the template)."""
@@ -197,8 +228,9 @@ class Transformers:
     With `adapters` the base is loaded once, and `speak(voice)` switches between them.
     """
 
-    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None,
-                 adapters: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Path, adapter: Path | None = None, adapters: Mapping[str, Path] | None = None
+    ) -> None:
         self.folder, self.adapter, self.tokenizer = Path(folder), adapter, load_tokenizer(tokenizer)
         self.adapters = dict(adapters or {})
 
@@ -215,8 +247,15 @@ class Transformers:
     def __exit__(self, *_: object) -> None:
         del self.model
 
-    def ask(self, prompts: Sequence[str], *, max_new_tokens: int = 400, temperature: float = 0.0,
-            seed: int = 0, voices: Sequence[str | None] | None = None) -> Iterator[tuple[int, Answer]]:
+    def ask(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 400,
+        temperature: float = 0.0,
+        seed: int = 0,
+        voices: Sequence[str | None] | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
         """Yield (index, Answer), voice by voice; only new tokens are decoded.
 
         Sampling is llama.cpp's job: temperature must be 0. `voices`: the adapter of each prompt, None for the base.
@@ -243,8 +282,9 @@ class Transformers:
             model.load_adapter(self.adapters[voice], voice, autocast_adapter_dtype=False)
         return model
 
-    def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
-                 max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
+    def generate(
+        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
+    ) -> Iterator[tuple[list[int], float]]:
         """(new token ids, seconds) for each row of prompt ids, in order; what follows a stop token does not count."""
         import torch
 
@@ -253,8 +293,13 @@ class Transformers:
         attend = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
         with torch.inference_mode():
             whole = self.model.generate(
-                input_ids=ids, attention_mask=attend, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=stops, pad_token_id=pad)
+                input_ids=ids,
+                attention_mask=attend,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=pad,
+            )
         seconds = time.perf_counter() - start
         yield from ((new, seconds) for new in whole[:, width:].tolist())
 
@@ -279,11 +324,13 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
         model = load_gemma(source, wanted)
     elif source.suffix == ".gguf":
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted)
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=wanted
+        )
     else:
         more = {"quantization_config": packing(dtype, wanted)} if packed else {}
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more)
+            source, dtype=wanted, use_safetensors=True, local_files_only=True, **more
+        )
     if adapter:
         from peft import PeftModel
 

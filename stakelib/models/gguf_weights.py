@@ -29,11 +29,16 @@ def load_gemma(gguf: Path, dtype: Any) -> Any:
     tensors = {t.name: t for t in reader.tensors}
     layers = field("block_count")
     config = GemmaConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=field("embedding_length"),
-        intermediate_size=field("feed_forward_length"), num_hidden_layers=layers,
-        num_attention_heads=field("attention.head_count"), num_key_value_heads=field("attention.head_count_kv"),
-        head_dim=field("attention.key_length"), rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
-        max_position_embeddings=field("context_length"))
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=layers,
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        head_dim=field("attention.key_length"),
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=field("context_length"),
+    )
     names = get_tensor_name_map(MODEL_ARCH.GEMMA, layers)
     model = GemmaForCausalLM(config).to(dtype)
     with torch.no_grad():

@@ -38,7 +38,8 @@ def mlx_folder(base: BaseModel, precision: str) -> Path:
         if done.returncode:
             raise CourseError(
                 [f"mlx_lm could not convert {base.name}", *done.stderr.strip().splitlines()[-2:]],
-                "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model")
+                "is the base a folder of plain weights, not yet quantised? choose a model of the list with --model",
+            )
         file = part / "config.json"
         atomic_write_json(file, _classic(json.loads(file.read_text(encoding="utf-8"))))
     return folder
@@ -114,8 +115,9 @@ class Mlx(Transformers):
     of the last: memory holds one.
     """
 
-    def __init__(self, folder: Path, tokenizer: Path, adapter: Path | None = None,
-                 adapters: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Path, adapter: Path | None = None, adapters: Mapping[str, Path] | None = None
+    ) -> None:
         super().__init__(folder, tokenizer, adapter, adapters)
         for each in (*self.adapters.values(), *([adapter] if adapter else ())):
             check_adapter(each, tokenizer)
@@ -140,8 +142,9 @@ class Mlx(Transformers):
         mx.eval(self.model.parameters())
         self.speaking = voice
 
-    def generate(self, rows: Sequence[list[int]], stops: Sequence[int],
-                 max_new_tokens: int) -> Iterator[tuple[list[int], float]]:
+    def generate(
+        self, rows: Sequence[list[int]], stops: Sequence[int], max_new_tokens: int
+    ) -> Iterator[tuple[list[int], float]]:
         """(new token ids, seconds) for each row of prompt ids, in order; a stop token is the last."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step

@@ -39,10 +39,12 @@ def _write_tokenizer(folder: Path) -> int:
     model = io.BytesIO()
     lines = (x.strip() for f in sorted(WORDS.glob("*.yaml")) for x in f.read_text(encoding="utf-8").splitlines())
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=filter(None, lines), model_writer=model, user_defined_symbols=FIRST_TOKENS, **_DATA["words"])
+        sentence_iterator=filter(None, lines), model_writer=model, user_defined_symbols=FIRST_TOKENS, **_DATA["words"]
+    )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = GemmaTokenizer.from_pretrained(
-        folder, extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], chat_template=GEMMA_TEMPLATE)
+        folder, extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], chat_template=GEMMA_TEMPLATE
+    )
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"  # llama.cpp's converter learns from it which tokens are control tokens
     config = json.loads(file.read_text(encoding="utf-8"))

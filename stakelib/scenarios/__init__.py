@@ -5,5 +5,15 @@ from stakelib.scenarios.metrics import Metric, Metrics, derive_metrics, explain
 from stakelib.scenarios.sampler import country_profile, sample
 from stakelib.scenarios.schema import Milestone, Scenario
 
-__all__ = ["Metric", "Metrics", "Milestone", "Scenario", "country_profile", "derive_metrics", "explain", "load",
-           "sample", "scenario_id"]
+__all__ = [
+    "Metric",
+    "Metrics",
+    "Milestone",
+    "Scenario",
+    "country_profile",
+    "derive_metrics",
+    "explain",
+    "load",
+    "sample",
+    "scenario_id",
+]

@@ -41,9 +41,16 @@ def from_guide(data: Any) -> dict[str, Any]:
     """
     old = GuideScenario.model_validate(data)
     fleets = {year: _fleet(row) for year, row in sorted(old.capacity.byYear.items())}
-    derived = ["generation: capacity x hours x this course's capacity factors (" + ", ".join(
-        f"{t} {factors()[t]['capacityFactor']}" for t in sorted({t for f in fleets.values() for t in f})
-        if "capacityFactor" in factors().get(t, {})) + ")", "renewable share: from that generation"]
+    derived = [
+        "generation: capacity x hours x this course's capacity factors ("
+        + ", ".join(
+            f"{t} {factors()[t]['capacityFactor']}"
+            for t in sorted({t for f in fleets.values() for t in f})
+            if "capacityFactor" in factors().get(t, {})
+        )
+        + ")",
+        "renewable share: from that generation",
+    ]
     milestones = [_milestone(int(year), fleet) for year, fleet in fleets.items()]
     if old.investment.total is not None:
         milestones[-1]["investment"] = {"cumulative": old.investment.total, "unit": "m$"}
@@ -73,13 +80,20 @@ def _milestone(year: int, fleet: dict[str, float]) -> dict[str, Any]:
     """Categories from the fleet; storage and other stay unknown unless it names them."""
     kinds = {kind: [t for t in techs if t in fleet] for kind, techs in KINDS.items()}
     rates = {t: factors().get(t, {}).get("capacityFactor") for t in fleet}
-    output = {kind: sum(8.76 * fleet[t] * (rates[t] or 0) for t in kinds[kind]) for kind in ("renewables", "fossil")
-              if all(rates[t] or not fleet[t] for t in kinds[kind])}
-    total = {kind: sum(fleet[t] for t in techs) for kind, techs in kinds.items()
-             if techs or kind in ("renewables", "fossil")}
-    return {"year": year, "reShare": None if fleet.get("nuclear") else re_share(output),
-            "capacity": {"total": total, "unit": "MW"},
-            "generation": {"output": output, "unit": "GWh"}}
+    output = {
+        kind: sum(8.76 * fleet[t] * (rates[t] or 0) for t in kinds[kind])
+        for kind in ("renewables", "fossil")
+        if all(rates[t] or not fleet[t] for t in kinds[kind])
+    }
+    total = {
+        kind: sum(fleet[t] for t in techs) for kind, techs in kinds.items() if techs or kind in ("renewables", "fossil")
+    }
+    return {
+        "year": year,
+        "reShare": None if fleet.get("nuclear") else re_share(output),
+        "capacity": {"total": total, "unit": "MW"},
+        "generation": {"output": output, "unit": "GWh"},
+    }
 
 
 def _between(stated: dict[int, float], year: int) -> float | None:

@@ -88,7 +88,9 @@ def _read_csv(path: Path, text: str, years: Collection[int] | None, mapping: str
         return read_template(table, path.name)
     raise CourseError(
         f"{path.name}: row 1: neither JSON nor a CSV with the columns {', '.join(TEMPLATE)} (the template) or "
-        f"{', '.join(COLUMNS)} (SPLAT)", "compare the file with stakelib/scenarios/template.csv.")
+        f"{', '.join(COLUMNS)} (SPLAT)",
+        "compare the file with stakelib/scenarios/template.csv.",
+    )
 
 
 def _refuse(path: Path, years: Collection[int] | None, mapping: str | Path | None) -> None:
@@ -105,8 +107,11 @@ def _doubts(scenario: Scenario) -> list[str]:
         if share is not None and m.reShare is not None and abs(share - m.reShare) > 1:
             found.append(f"{m.year}: renewable share is stated as {m.reShare:g} %, its generation gives {share:.1f} %")
         sizes = _sizes(m)
-        found += [f"{m.year}: {field} of {sizes[field]:,.0f} {unit} is far beyond a national scenario: check its unit"
-                  for field, (limit, unit) in LIMITS.items() if sizes.get(field, 0) > limit]
+        found += [
+            f"{m.year}: {field} of {sizes[field]:,.0f} {unit} is far beyond a national scenario: check its unit"
+            for field, (limit, unit) in LIMITS.items()
+            if sizes.get(field, 0) > limit
+        ]
         if m.peakDemand and 0 < sizes.get("capacity", 0) < m.peakDemand.value:
             found.append(f"{m.year}: peak demand is above all capacity")
         if before is not None and sizes.get("investment", before) < before:
@@ -116,8 +121,11 @@ def _doubts(scenario: Scenario) -> list[str]:
 
 
 def _sizes(m: Milestone) -> dict[str, float]:
-    sizes = {"capacity": sum(mw or 0 for _, mw in m.capacity.total) if m.capacity else None,
-             "investment": m.at("investment.cumulative"), "emissions": m.at("emissions.total")}
+    sizes = {
+        "capacity": sum(mw or 0 for _, mw in m.capacity.total) if m.capacity else None,
+        "investment": m.at("investment.cumulative"),
+        "emissions": m.at("emissions.total"),
+    }
     return {field: size for field, size in sizes.items() if size is not None}
 
 

@@ -24,13 +24,30 @@ def _table(name: str) -> dict[str, dict[str, Any]]:
 
 # key: (label in the prompt, unit, years shown)
 METRICS: dict[str, tuple[str, str, str]] = {
-    key: (row["label"], row["unit"], row["years"]) for key, row in _table("metrics.json").items() if row["years"]}
-TECH = {"hydro": "hydro", "solar": "solarPV", "wind": "wind", "geothermal": "geothermal", "biomass": "biomass",
-        "coal": "coal", "gas": "gas", "diesel": "diesel", "hfo": "hfo", "interconnector": "interconnector"}
+    key: (row["label"], row["unit"], row["years"]) for key, row in _table("metrics.json").items() if row["years"]
+}
+TECH = {
+    "hydro": "hydro",
+    "solar": "solarPV",
+    "wind": "wind",
+    "geothermal": "geothermal",
+    "biomass": "biomass",
+    "coal": "coal",
+    "gas": "gas",
+    "diesel": "diesel",
+    "hfo": "hfo",
+    "interconnector": "interconnector",
+}
 # figures that a milestone states, and where
-STATED = {"re_share": "reShare", "investment": "investment.cumulative", "emissions": "emissions.total",
-          "peak": "peakDemand.value", "storage": "capacity.total.storage", "imports": "imports.value",
-          "additions": "capacityAdditions.additions.renewables"}
+STATED = {
+    "re_share": "reShare",
+    "investment": "investment.cumulative",
+    "emissions": "emissions.total",
+    "peak": "peakDemand.value",
+    "storage": "capacity.total.storage",
+    "imports": "imports.value",
+    "additions": "capacityAdditions.additions.renewables",
+}
 
 
 def factors() -> dict[str, dict[str, Any]]:
@@ -217,8 +234,11 @@ def ratios(metrics: Metrics) -> dict[str, float]:
         if "diesel" in value and "hfo" in value:
             value["oil"] = value["diesel"] + value["hfo"]
         out |= {f"{key}.{slot}": number for key, number in value.items()}
-        out |= {f"{name}.{slot}": value[key] / value[by] for name, (key, by) in RATIOS.items()
-                if key in value and value.get(by)}
+        out |= {
+            f"{name}.{slot}": value[key] / value[by]
+            for name, (key, by) in RATIOS.items()
+            if key in value and value.get(by)
+        }
     for key in {*METRICS, *RATIOS}:
         base, near, far = (out.get(f"{key}.{slot}") for slot in ("base", "near", "far"))
         if far is None:

@@ -84,17 +84,26 @@ def _one(country: str, mix: str, ambition: str, rng: random.Random) -> Scenario:
         milestones.append(_milestone(year, fleet, energy, built, demand, spent, year - years[i - 1] if i else 0))
     tech = {str(y): fleets[y] for y in years}
     name = rng.choice(NAMES[ambition]).format("Mixed Renewable" if mix == "Balanced" else mix)
-    data = {"metadata": {"country": country, "scenarioName": name, "modelVersion": "synthetic"},
-            "milestones": milestones, "detailedTech": tech}
+    data = {
+        "metadata": {"country": country, "scenarioName": name, "modelVersion": "synthetic"},
+        "milestones": milestones,
+        "detailedTech": tech,
+    }
     scenario = Scenario.model_validate(_with_gaps(data, rng))
     band = "below 1 B$" if spent < 1000 else "1-3 B$" if spent <= 3000 else "above 3 B$"
-    scenario.metadata.cell = {"geography": row["region"], "mix": mix, "ambition": ambition, "investment": band,
-                              "challenge": challenge}
+    scenario.metadata.cell = {
+        "geography": row["region"],
+        "mix": mix,
+        "ambition": ambition,
+        "investment": band,
+        "challenge": challenge,
+    }
     return scenario
 
 
-def _fleets(row: dict[str, Any], years: list[int], mix: str, ambition: str, challenge: str,
-            rng: random.Random) -> dict[Any, Any]:
+def _fleets(
+    row: dict[str, Any], years: list[int], mix: str, ambition: str, challenge: str, rng: random.Random
+) -> dict[Any, Any]:
     """Growth of demand; MW per technology and GWh per technology for each year."""
     growth = rng.uniform(*row["growth"])
     wanted = {t: w for t, w in MIXES[mix].items() if t in row["resources"]}
@@ -112,20 +121,25 @@ def _fleets(row: dict[str, Any], years: list[int], mix: str, ambition: str, chal
         share = min(98.0, max(targets[year] + rng.uniform(-4, 4), start_re * (0.97 if i else 1) + 2 * i))
         energy = _energy(start, wanted, demand, start_re if i == 0 else share, start_re)
         before = fleet
-        fleet = {t: _tidy(energy.get(t, 0) / 8.76 / f["capacityFactor"]) for t, f in factors().items()
-                 if "capacityFactor" in f}
+        fleet = {
+            t: _tidy(energy.get(t, 0) / 8.76 / f["capacityFactor"])
+            for t, f in factors().items()
+            if "capacityFactor" in f
+        }
         fleet |= {t: max(mw, before[t]) for t, mw in fleet.items() if factors()[t]["kind"] == "renewables"}
         vre, peak = fleet["solarPV"] + fleet["wind"], demand / 8.76 / LOAD_FACTOR
         fleet["battery"] = max(_tidy(vre * storage * (1 if i else 0.3)), before["battery"])
         fleet["interconnector"] = _tidy(peak * link * (1 + 0.3 * i))
         out[year] = fleet
-        out["energy", year] = {t: mw * 8.76 * factors()[t]["capacityFactor"] for t, mw in fleet.items()
-                               if "capacityFactor" in factors()[t]}
+        out["energy", year] = {
+            t: mw * 8.76 * factors()[t]["capacityFactor"] for t, mw in fleet.items() if "capacityFactor" in factors()[t]
+        }
     return out
 
 
-def _energy(start: dict[str, float], wanted: dict[str, float], demand: float, share: float,
-            start_re: float) -> dict[str, float]:
+def _energy(
+    start: dict[str, float], wanted: dict[str, float], demand: float, share: float, start_re: float
+) -> dict[str, float]:
     """GWh per technology: today's renewables stay, new ones follow `wanted`; coal and oil leave before gas."""
     re_now = {t: s for t, s in start.items() if factors()[t]["kind"] == "renewables"}
     keep = min(1.0, share / start_re) if start_re else 0
@@ -133,8 +147,11 @@ def _energy(start: dict[str, float], wanted: dict[str, float], demand: float, sh
     left = max(0.0, share - sum(old.values()))
     total = sum(wanted.values())
     out = {t: old.get(t, 0) + left * wanted.get(t, 0) / total for t in {*old, *wanted}}
-    fossil = {t: s * ((100 - share) / max(100 - start_re, 1) if t != "gas" else 1)
-              for t, s in start.items() if factors()[t]["kind"] == "fossil"}
+    fossil = {
+        t: s * ((100 - share) / max(100 - start_re, 1) if t != "gas" else 1)
+        for t, s in start.items()
+        if factors()[t]["kind"] == "fossil"
+    }
     scale = (100 - share) / sum(fossil.values()) if fossil else 0
     return {t: s * demand / 100 for t, s in {**out, **{t: s * scale for t, s in fossil.items()}}.items()}
 
@@ -145,8 +162,15 @@ def _tidy(mw: float) -> float:
     return step * round_half_up(mw / step) if mw >= 0.5 else 0.0
 
 
-def _milestone(year: int, fleet: dict[str, float], energy: dict[str, float], built: dict[str, float], demand: float,
-               spent: float, span: int) -> dict[str, Any]:
+def _milestone(
+    year: int,
+    fleet: dict[str, float],
+    energy: dict[str, float],
+    built: dict[str, float],
+    demand: float,
+    spent: float,
+    span: int,
+) -> dict[str, Any]:
     def total(table: dict[str, float]) -> dict[str, float]:
         kinds = ("renewables", "fossil", "storage", "other")
         return {k: sum(v for t, v in table.items() if factors()[t]["kind"] == k) for k in kinds}
@@ -154,11 +178,15 @@ def _milestone(year: int, fleet: dict[str, float], energy: dict[str, float], bui
     output = {k: v for k, v in total(energy).items() if k in ("renewables", "fossil")}
     share = 100 * output["renewables"] / (sum(output.values()) or 1)
     emitted = sum(gwh * factors()[t].get("co2", 0) for t, gwh in energy.items()) / 1e6
-    row = {"year": year, "reShare": round_half_up(share, 1),
-           "capacity": {"total": total(fleet), "unit": "MW"}, "generation": {"output": output, "unit": "GWh"},
-           "investment": {"cumulative": _tidy(spent), "unit": "m$"},
-           "emissions": {"total": round_half_up(emitted, 3), "unit": "Mt CO2"},
-           "peakDemand": {"value": _tidy(demand / 8.76 / LOAD_FACTOR), "unit": "MW"}}
+    row = {
+        "year": year,
+        "reShare": round_half_up(share, 1),
+        "capacity": {"total": total(fleet), "unit": "MW"},
+        "generation": {"output": output, "unit": "GWh"},
+        "investment": {"cumulative": _tidy(spent), "unit": "m$"},
+        "emissions": {"total": round_half_up(emitted, 3), "unit": "Mt CO2"},
+        "peakDemand": {"value": _tidy(demand / 8.76 / LOAD_FACTOR), "unit": "MW"},
+    }
     if span:
         row["capacityAdditions"] = {"additions": {k: v / span for k, v in total(built).items()}, "unit": "MW"}
     return row
@@ -175,6 +203,7 @@ def _with_gaps(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     if "detailedTech" in gone:
         data.pop("detailedTech")
     elif "storage" in gone:
-        data["detailedTech"] = {y: {t: v for t, v in fleet.items() if t != "battery"}
-                                for y, fleet in data["detailedTech"].items()}
+        data["detailedTech"] = {
+            y: {t: v for t, v in fleet.items() if t != "battery"} for y, fleet in data["detailedTech"].items()
+        }
     return data

@@ -13,12 +13,14 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 
-KINDS = {"renewables": ("hydro", "solarPV", "solarCSP", "wind", "geothermal", "biomass"),
-         "fossil": ("coal", "gas", "diesel", "hfo"), "storage": ("battery", "pumpStorage"),
-         "other": ("nuclear", "interconnector")}  # the technologies of each category
+KINDS = {
+    "renewables": ("hydro", "solarPV", "solarCSP", "wind", "geothermal", "biomass"),
+    "fossil": ("coal", "gas", "diesel", "hfo"),
+    "storage": ("battery", "pumpStorage"),
+    "other": ("nuclear", "interconnector"),
+}  # the technologies of each category
 LARGEST = 1e9  # above any national figure in the units below; keeps sums finite
 Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False, strict=True)]
-
 
 
 @functools.cache

@@ -22,21 +22,37 @@ if TYPE_CHECKING:
 
 COLUMNS = ("Scenario", "Gx.Country", "Technology", "Par/Var", "Year", "Value", "Unit")
 OPTIONAL = ("Tech.Description", "TechSetL1", "TechSetL2", "OutputCom", "double")
-STANDARD = {"capacity": "MW", "new": "MW", "output": "GWh", "curtailment": "GWh", "emissions": "Mt CO2",
-            "investment": "m$", "om": "m$"}
+STANDARD = {
+    "capacity": "MW",
+    "new": "MW",
+    "output": "GWh",
+    "curtailment": "GWh",
+    "emissions": "Mt CO2",
+    "investment": "m$",
+    "om": "m$",
+}
 PLANTS = tuple(Technologies.model_fields)
 CLASSES = (*PLANTS, "dummy", "fuel", "grid", "transmission", "demand", "curtailment")
 MILESTONES = (2025, 2030, 2040, 2050)
-DERIVED = ["peak demand: Total Capacity of the demand row", "renewable share: from generation by category",
-           "investment: lump-sum costs of every year so far", "additions: mean New Capacity per year"]
+DERIVED = [
+    "peak demand: Total Capacity of the demand row",
+    "renewable share: from generation by category",
+    "investment: lump-sum costs of every year so far",
+    "additions: mean New Capacity per year",
+]
 
 
 class Mapping(BaseModel):
     """splat.yaml, or a planner's own copy of it."""
 
     model_config = ConfigDict(extra="forbid")
-    rules: list[tuple[Literal["Technology", "Tech.Description", "TechSetL1", "TechSetL2", "OutputCom"], re.Pattern[str],
-                      Literal[CLASSES]]]
+    rules: list[
+        tuple[
+            Literal["Technology", "Tech.Description", "TechSetL1", "TechSetL2", "OutputCom"],
+            re.Pattern[str],
+            Literal[CLASSES],
+        ]
+    ]
     electricity: re.Pattern[str]
     parameters: dict[str, Literal["ignored", *STANDARD]]
     units: dict[str, str] = {}
@@ -89,18 +105,25 @@ def read_splat(table: pd.DataFrame, name: str, years: Collection[int] | None, ma
     for scenario, country, part in itertools.compress(groups, empty):  # a power pool's trade, a name misspelt
         lost += _lost(f"rows of {country[:40]!r}, {scenario[:40]!r}, where no plant is,", part)
     if all(empty):
-        raise CourseError([f"{name}: no capacity or output of a plant", *(f"{name}: {text}" for text in lost)],
-                          "check that the rules of the mapping (stakelib/scenarios/splat.yaml) fit this file.")
-    return [_scenario(country, scenario, part, name, years, mapping, lost)
-            for (scenario, country, part), none in zip(groups, empty, strict=True) if not none]
+        raise CourseError(
+            [f"{name}: no capacity or output of a plant", *(f"{name}: {text}" for text in lost)],
+            "check that the rules of the mapping (stakelib/scenarios/splat.yaml) fit this file.",
+        )
+    return [
+        _scenario(country, scenario, part, name, years, mapping, lost)
+        for (scenario, country, part), none in zip(groups, empty, strict=True)
+        if not none
+    ]
 
 
 def _classes(table: pd.DataFrame, mapping: Mapping) -> pd.Series:
     """The class of each row by the first rule that fits, None where none does."""
     columns = ["Technology", "Tech.Description", "TechSetL1", "TechSetL2", "OutputCom"]
     kinds = table[columns].drop_duplicates()
-    fitting = [next((c for column, pattern, c in mapping.rules if pattern.search(row[column].strip())), None)
-               for row in kinds.to_dict("records")]
+    fitting = [
+        next((c for column, pattern, c in mapping.rules if pattern.search(row[column].strip())), None)
+        for row in kinds.to_dict("records")
+    ]
     return table[columns].merge(kinds.assign(found=fitting), on=columns, how="left")["found"].set_axis(table.index)
 
 
@@ -163,8 +186,15 @@ class _Sums:
         return {kind: value / per for kind, value in found.items() if value is not None}
 
 
-def _scenario(country: str, scenario: str, part: pd.DataFrame, name: str, years: Collection[int] | None,
-              mapping: Mapping, warnings: list[str]) -> dict[str, Any]:
+def _scenario(
+    country: str,
+    scenario: str,
+    part: pd.DataFrame,
+    name: str,
+    years: Collection[int] | None,
+    mapping: Mapping,
+    warnings: list[str],
+) -> dict[str, Any]:
     double = ~part["double"].str.strip().isin(("", "0", "0.0"))
     warnings = warnings + _lost("rows with a mark in the column 'double'", part[double])
     part = part[~double]
@@ -179,10 +209,19 @@ def _scenario(country: str, scenario: str, part: pd.DataFrame, name: str, years:
     if curtailed := sorted(sums.years("curtailment", CLASSES) | sums.years("output", ["curtailment"])):
         warnings.append(f"curtailment of {', '.join(map(str, curtailed))} is as reported; it may not be complete")
     fleet = {str(y): {t: sums.total("capacity", [t], y) for t in PLANTS} for y in chosen}
-    metadata = {"country": country, "scenarioName": scenario, "modelVersion": "SPLAT",
-                "sourceFile": name, "derived": DERIVED, "warnings": warnings or None}
-    return {"metadata": metadata, "detailedTech": fleet,
-            "milestones": [_milestone(sums, y, chosen[i - 1] if i else None) for i, y in enumerate(chosen)]}
+    metadata = {
+        "country": country,
+        "scenarioName": scenario,
+        "modelVersion": "SPLAT",
+        "sourceFile": name,
+        "derived": DERIVED,
+        "warnings": warnings or None,
+    }
+    return {
+        "metadata": metadata,
+        "detailedTech": fleet,
+        "milestones": [_milestone(sums, y, chosen[i - 1] if i else None) for i, y in enumerate(chosen)],
+    }
 
 
 def _milestone_years(sums: _Sums, years: Collection[int] | None, where: str) -> tuple[list[int], list[str]]:
@@ -191,8 +230,9 @@ def _milestone_years(sums: _Sums, years: Collection[int] | None, where: str) -> 
     if not known:
         raise CourseError(f"{where}: plants without capacity and without electricity", NEXT)
     if missing := sorted(set(years or ()) - set(known)):
-        raise CourseError(f"{where}: no data for {', '.join(map(str, missing))}",
-                          f"ask for years between {known[0]} and {known[-1]}.")
+        raise CourseError(
+            f"{where}: no data for {', '.join(map(str, missing))}", f"ask for years between {known[0]} and {known[-1]}."
+        )
     chosen = sorted(set(years or set(MILESTONES) & set(known)))
     if years or len(chosen) > 1:
         return chosen, []
@@ -218,16 +258,22 @@ def _milestone(sums: _Sums, year: int, before: int | None) -> dict[str, Any]:
     curtailing = "curtailment" if year in sums.years("curtailment", CLASSES) else "output"
     built = [c for c in CLASSES if c != "dummy"]
     first = min(sums.years("investment", built) or {year})
-    values = {"investment": ("cumulative", "m$", sums.total("investment", built, *range(first, year + 1))),
-              "emissions": ("total", "Mt CO2", sums.total("emissions", burning, year)),
-              "peakDemand": ("value", "MW", sums.total("capacity", ["demand"], year)),
-              "annualOMCosts": ("value", "m$", sums.total("om", [c for c in built if c != "fuel"], year)),
-              "imports": ("value", "GWh", sums.total("output", ["interconnector"], year))}
+    values = {
+        "investment": ("cumulative", "m$", sums.total("investment", built, *range(first, year + 1))),
+        "emissions": ("total", "Mt CO2", sums.total("emissions", burning, year)),
+        "peakDemand": ("value", "MW", sums.total("capacity", ["demand"], year)),
+        "annualOMCosts": ("value", "m$", sums.total("om", [c for c in built if c != "fuel"], year)),
+        "imports": ("value", "GWh", sums.total("output", ["interconnector"], year)),
+    }
     techs = CLASSES if curtailing == "curtailment" else ["curtailment"]
     if year in sums.years(curtailing, techs):  # some years only: elsewhere it is unknown
         values["curtailment"] = ("value", "GWh", sums.total(curtailing, techs, year))
-    milestone = {"year": year, "reShare": re_share(output), "generation": {"output": output, "unit": "GWh"},
-                 "capacity": {"total": sums.mix("capacity", year), "unit": "MW"}}
+    milestone = {
+        "year": year,
+        "reShare": re_share(output),
+        "generation": {"output": output, "unit": "GWh"},
+        "capacity": {"total": sums.mix("capacity", year), "unit": "MW"},
+    }
     milestone |= {key: {part: value, "unit": unit} for key, (part, unit, value) in values.items() if value is not None}
     if before and sums.years("new", PLANTS):
         additions = sums.mix("new", *range(before + 1, year + 1), per=year - before)

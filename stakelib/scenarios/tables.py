@@ -40,8 +40,14 @@ def read_table(text: str, name: str) -> pd.DataFrame:
 
     head = text[:5000].partition("\n")[0]
     try:
-        cells = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=head.count), header=None, dtype=str,
-                            keep_default_na=False, skip_blank_lines=False)
+        cells = pd.read_csv(
+            io.StringIO(text),
+            sep=max(",;\t", key=head.count),
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+        )
     except (ValueError, OverflowError) as error:
         raise CourseError(f"{name}: not a readable table ({' '.join(str(error).split())[:200]})", NEXT) from error
     cells.index += 1
@@ -122,7 +128,11 @@ def _scenario(country: str, scenario: str, by_year: dict[int, dict[str, float]])
             milestone["reShare"] = share
             derived.append(f"renewable share of {year}: from generation by category")
         milestones.append(milestone)
-    metadata = {"country": country, "scenarioName": scenario, "modelVersion": "CSV template",
-                "derived": derived or None}
+    metadata = {
+        "country": country,
+        "scenarioName": scenario,
+        "modelVersion": "CSV template",
+        "derived": derived or None,
+    }
     out = {"metadata": metadata, "milestones": milestones}
     return out | {"detailedTech": fleet} if any(fleet.values()) else out

@@ -13,18 +13,24 @@ from stakelib.scenarios.schema import Milestone, Scenario
 
 NO_FACTOR = ("gas", "solarCSP", "pumpStorage")
 NUCLEAR = {"construction": 10, "permanent": 0.7}  # only the tool has these
-MIX = {"renewables": {"hydro": 0.4, "solarPV": 0.3, "wind": 0.2, "geothermal": 0.05, "biomass": 0.05},
-       "fossil": {"coal": 0.2, "gas": 0.5, "diesel": 0.15, "hfo": 0.15}, "storage": {"battery": 1.0},
-       "other": {"nuclear": 1.0}}
+MIX = {
+    "renewables": {"hydro": 0.4, "solarPV": 0.3, "wind": 0.2, "geothermal": 0.05, "biomass": 0.05},
+    "fossil": {"coal": 0.2, "gas": 0.5, "diesel": 0.15, "hfo": 0.15},
+    "storage": {"battery": 1.0},
+    "other": {"nuclear": 1.0},
+}
 
 
 def tool_metrics(scenario: Scenario) -> Metrics:
     """Jobs, land, shares and emission cut of every milestone by the tool's formulas; no data, no figure."""
     found: dict[tuple[str, int], Metric] = {}
     for m in scenario.milestones:
-        raw = {"investment": m.at("investment.cumulative"),
-               "re_share": None if m.reShare is None else _round(m.reShare, 1),
-               "emission_cut": _cut(scenario.milestones[0], m), **_from_capacity(scenario, m)}
+        raw = {
+            "investment": m.at("investment.cumulative"),
+            "re_share": None if m.reShare is None else _round(m.reShare, 1),
+            "emission_cut": _cut(scenario.milestones[0], m),
+            **_from_capacity(scenario, m),
+        }
         found |= {(key, m.year): Metric(key, m.year, value) for key, value in raw.items() if value is not None}
     return Metrics(slots(scenario), found)
 
@@ -53,8 +59,12 @@ def _from_capacity(scenario: Scenario, m: Milestone) -> dict[str, float]:
     building = sum(mw * rates[t]["construction"] for t, mw in fleet.items())
     posts = sum(mw * rates[t]["permanent"] for t, mw in fleet.items())
     sites = fleet | {"battery": fleet.get("battery") or mix["storage"]}
-    out = {"construction_jobs": _round(building), "operations_jobs": _round(posts), "jobs": _round(building + posts),
-           "land": _round(sum(mw * rates[t].get("land", 0) for t, mw in sites.items()))}
+    out = {
+        "construction_jobs": _round(building),
+        "operations_jobs": _round(posts),
+        "jobs": _round(building + posts),
+        "land": _round(sum(mw * rates[t].get("land", 0) for t, mw in sites.items())),
+    }
     if total := sum(mix.values()):
         out["vre_share"] = _round(100 * (fleet["solarPV"] + fleet["wind"]) / total, 1)
         out["fossil_share"] = _round(100 * mix["fossil"] / total, 1)

@@ -25,8 +25,20 @@ from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
 __all__ = [
-    "RECIPES", "Plan", "Recipe", "adapter_folder", "adapter_parameters", "load_rows", "memory", "mlx_memory",
-    "mlx_place", "plan", "render_rows", "train", "what_fits"]
+    "RECIPES",
+    "Plan",
+    "Recipe",
+    "adapter_folder",
+    "adapter_parameters",
+    "load_rows",
+    "memory",
+    "mlx_memory",
+    "mlx_place",
+    "plan",
+    "render_rows",
+    "train",
+    "what_fits",
+]
 
 BACKENDS = ("peft", "mlx")
 
@@ -36,8 +48,9 @@ def adapter_folder(run: Run) -> Path:
     return run.path("models", f"stakeholder-{base_model(run.profile.model).short_name}-lora")
 
 
-def train(run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = None,
-          start: Path | None = None) -> dict[str, Any]:
+def train(
+    run: Run, recipe: Recipe, backend: str = "auto", rows: int | None = None, start: Path | None = None
+) -> dict[str, Any]:
     """Train an adapter on the run's training rows and save it with a model card; skipped if nothing changed.
 
     Rows are checked before a weight is loaded. A killed training goes on from its last checkpoint. Started by
@@ -124,8 +137,11 @@ def _same_shape(start: Path, recipe: Recipe, config: Any) -> None:
     made = json.loads((start / PEFT_FILES[0]).read_text(encoding="utf-8"))
     numbers = sum(math.prod(size) for size in shapes(start / PEFT_FILES[1]).values())
     if (made["r"], made["lora_alpha"], numbers) != (recipe.rank, recipe.alpha, adapter_parameters(config, recipe)):
-        raise CourseError(f"{start.name} has rank {made['r']}, alpha {made['lora_alpha']} and {numbers:,} numbers, not "
-                          f"those of recipe '{recipe.name}'", "go on with the recipe that it was trained with")
+        raise CourseError(
+            f"{start.name} has rank {made['r']}, alpha {made['lora_alpha']} and {numbers:,} numbers, not "
+            f"those of recipe '{recipe.name}'",
+            "go on with the recipe that it was trained with",
+        )
 
 
 def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any]) -> None:
@@ -134,8 +150,11 @@ def _finish(folder: Path, base: BaseModel, recipe: Recipe, result: dict[str, Any
     config["base_model_name_or_path"] = base.origin
     atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     to_mlx(folder, result["precision"] if result["backend"] == "mlx" else None)
-    card = Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"), undefined=StrictUndefined,
-                    keep_trailing_newline=True)
+    card = Template(
+        Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
     settings = {key: value for key, value in recipe.settings().items() if key != "name"}
     text = card.render(**result, base=base, recipe=recipe.name, settings=settings, versions=versions())
     atomic_write_text(folder / "README.md", text)

@@ -31,7 +31,8 @@ def diverged(what: str, rows: list[str], best: int | None, folder: Path) -> Cour
     return CourseError(
         [f"training diverged: {what}", *(f"it was learning {row}" for row in rows)]
         + ([f"the best checkpoint so far, of step {best}, is kept in {folder.name}"] if best else []),
-        "read the rows named; if nothing is wrong with them, lower learning_rate in the recipe (half of it), run again")
+        "read the rows named; if nothing is wrong with them, lower learning_rate in the recipe (half of it), run again",
+    )
 
 
 def rose(losses: list[float]) -> bool:
@@ -118,7 +119,8 @@ def alone(file: Path) -> Iterator[None]:
     except Timeout:
         raise CourseError(
             f"another notebook or process is training this adapter ({file} is locked)",
-            "wait for it, or stop it and run again: the training goes on from its last checkpoint") from None
+            "wait for it, or stop it and run again: the training goes on from its last checkpoint",
+        ) from None
     except OSError as problem:
         print(f"training: {file} cannot be locked ({problem}); do not start this training twice", flush=True)
     try:
@@ -141,15 +143,32 @@ def row_order(rows: int, epochs: int, seed: int) -> list[int]:
     return [i for _ in range(epochs) for i in shuffle.sample(range(rows), rows)]
 
 
-def outcome(history: list[dict[str, float]], best: tuple[int, float], seen: Sequence[Rendered], *, steps: int,
-            begun: int, end: int, trainable: int, seconds: float, per_step: int) -> dict[str, Any]:
+def outcome(
+    history: list[dict[str, float]],
+    best: tuple[int, float],
+    seen: Sequence[Rendered],
+    *,
+    steps: int,
+    begun: int,
+    end: int,
+    trainable: int,
+    seconds: float,
+    per_step: int,
+) -> dict[str, Any]:
     """What a training tells of itself, with either back-end.
 
     `best`: (step, validation loss); `seen`: the rows learned, of this start and of those before; `begun`, `end`: the
     steps between which this start worked, for `seconds`.
     """
     return {
-        **curves(history), "best_step": best[0], "best_valid_loss": best[1], "steps": steps,
-        "stopped_early_at": end if end < steps else None, "trainable_parameters": trainable,
-        "learned_tokens": sum(sum(row.mask) for row in seen), "all_tokens": sum(len(row.ids) for row in seen),
-        "rows_per_second": round((end - begun) * per_step / max(seconds, 1e-9), 2), "resumed_at": begun}
+        **curves(history),
+        "best_step": best[0],
+        "best_valid_loss": best[1],
+        "steps": steps,
+        "stopped_early_at": end if end < steps else None,
+        "trainable_parameters": trainable,
+        "learned_tokens": sum(sum(row.mask) for row in seen),
+        "all_tokens": sum(len(row.ids) for row in seen),
+        "rows_per_second": round((end - begun) * per_step / max(seconds, 1e-9), 2),
+        "resumed_at": begun,
+    }

@@ -225,9 +225,16 @@ def work(job: dict[str, Any], say: Callable[..., None]) -> None:
     say(begun=keeper.step, history=keeper.history)
     left = (job["steps"] - keeper.step) * recipe.accumulate
     arguments = TrainingArgs(
-        batch_size=1, iters=left, steps_per_report=1, steps_per_save=left + 1, max_seq_length=recipe.max_length,
-        adapter_file=str(keeper.folder / "last.safetensors"), grad_checkpoint=recipe.checkpointing == "on",
-        grad_accumulation_steps=recipe.accumulate, clear_cache_threshold=2**30)
+        batch_size=1,
+        iters=left,
+        steps_per_report=1,
+        steps_per_save=left + 1,
+        max_seq_length=recipe.max_length,
+        adapter_file=str(keeper.folder / "last.safetensors"),
+        grad_checkpoint=recipe.checkpointing == "on",
+        grad_accumulation_steps=recipe.accumulate,
+        clear_cache_threshold=2**30,
+    )
     batches = training_batches(recipe, order, keeper.step, 64)
     with contextlib.suppress(EndOfTraining):
         if left and not keep.no_better(keeper.history, recipe.patience):

@@ -31,8 +31,11 @@ def mlx_memory(config: Any, recipe: Recipe, tokens: int, learned: int, rows: int
     kept = places * size * config.hidden_size if recipe.checkpointing == "on" else layer
     inside = layer + 5 * places * size * config.intermediate_size if recipe.checkpointing == "on" else 0
     parts = {
-        "weights": BYTES[recipe.precision] * numbers, "learning": 16 * adapter_parameters(config, recipe),
-        "activations": layers * kept + inside, "logits": (12 + size) * config.vocab_size * learned}
+        "weights": BYTES[recipe.precision] * numbers,
+        "learning": 16 * adapter_parameters(config, recipe),
+        "activations": layers * kept + inside,
+        "logits": (12 + size) * config.vocab_size * learned,
+    }
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
@@ -66,7 +69,8 @@ def settle_mlx(name: str, config: Any, recipe: Recipe, data: Rows, limit: tuple[
     raise CourseError(
         f"memory: {name} in {way.precision}, checkpointing {way.checkpointing}: {told(parts)}, but {allowed_gb:.1f} GB "
         f"is all: {whose}",
-        "set precision='nf4' and checkpointing='on' in the recipe, shorten the longest rows, or choose a smaller model")
+        "set precision='nf4' and checkpointing='on' in the recipe, shorten the longest rows, or choose a smaller model",
+    )
 
 
 def told(parts: dict[str, float]) -> str:

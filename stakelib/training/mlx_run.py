@@ -64,7 +64,8 @@ class Watchdog:
                 f"training fell from {before:.0f} to {now:.0f} tokens a second while {grown:.1f} GB went to swap: the "
                 "memory is full",
                 "close other programs and run again (it goes on from its last checkpoint), or set precision='nf4' and "
-                "checkpointing='on' in the recipe")
+                "checkpointing='on' in the recipe",
+            )
 
 
 def swap_gb() -> float:
@@ -74,8 +75,15 @@ def swap_gb() -> float:
     return psutil.swap_memory().used / 2**30
 
 
-def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
-              checkpoints: Path, start: Path | None = None) -> tuple[Callable[[Path], Any], dict[str, Any]]:
+def train_mlx(
+    base: BaseModel,
+    recipe: Recipe,
+    epochs: int,
+    train: list[Rendered],
+    valid: list[Rendered],
+    checkpoints: Path,
+    start: Path | None = None,
+) -> tuple[Callable[[Path], Any], dict[str, Any]]:
     """As `train_peft`, with MLX in a process of its own: what crashes the graphics driver spares the notebook.
 
     The recipe's precision and checkpointing are decided before (`settle_mlx`). Every checkpoint is an adapter that
@@ -84,21 +92,33 @@ def train_mlx(base: BaseModel, recipe: Recipe, epochs: int, train: list[Rendered
     order = row_order(len(train), epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.accumulate)
     job = {
-        "base": str(mlx_folder(base, recipe.precision).resolve()), "model": base.origin,
+        "base": str(mlx_folder(base, recipe.precision).resolve()),
+        "model": base.origin,
         "checkpoints": str(checkpoints.resolve()),
         "start": str((start / "mlx" / "adapters.safetensors").resolve()) if start else None,
         "recipe": replace(recipe, learning_rate=rate_for(load_config(base.folder), recipe)).settings(),
-        "train": [[r.ids, r.mask] for r in train], "valid": [[r.ids, r.mask] for r in valid],
-        "names": [train[i].where for i in order], "steps": steps,
-        "epochs": epochs, "every": max(1, steps // (epochs * recipe.validate_per_epoch))}
+        "train": [[r.ids, r.mask] for r in train],
+        "valid": [[r.ids, r.mask] for r in valid],
+        "names": [train[i].where for i in order],
+        "steps": steps,
+        "epochs": epochs,
+        "every": max(1, steps // (epochs * recipe.validate_per_epoch)),
+    }
     file = atomic_write_json(checkpoints / "job.json", job)
     started = time.monotonic()
     said = _follow(file, steps)
     done, end = said["done"], said["done"]["end"]
     result = outcome(
-        done["history"], done["best"], [train[i] for i in order[: end * recipe.accumulate]], steps=steps,
-        begun=said["begun"], end=end, trainable=done["trainable_parameters"], seconds=time.monotonic() - started,
-        per_step=recipe.accumulate)
+        done["history"],
+        done["best"],
+        [train[i] for i in order[: end * recipe.accumulate]],
+        steps=steps,
+        begun=said["begun"],
+        end=end,
+        trainable=done["trainable_parameters"],
+        seconds=time.monotonic() - started,
+        per_step=recipe.accumulate,
+    )
     best = checkpoints / f"checkpoint-{result['best_step']}"
     return partial(to_peft, best), result | {"mlx_peak_gb": round(said.get("peak_gb", 0.0), 2)}
 
@@ -141,5 +161,6 @@ def _follow(job: Path, steps: int) -> dict[str, Any]:
         raise CourseError(
             [f"the MLX process ended with code {process.returncode}", *last],
             "run again: it goes on from its last checkpoint; if it happens twice, set precision='nf4' and "
-            "checkpointing='on' in the recipe")
+            "checkpointing='on' in the recipe",
+        )
     return said

@@ -67,8 +67,10 @@ def plan_nine(run: Run, recipe: Recipe) -> pd.DataFrame:
 
     base, free_gb = base_model(run.profile.model), limit_gb()[0]
     tokenizer, model = load_tokenizer(base.folder), run.profile.model
-    data = {who: checked_rows(tokenizer, [own.path("training_data", f"{p}.jsonl") for p in PARTS], recipe.max_length)
-            for who, own in split_rows(run).items()}  # fmt: skip
+    data = {
+        who: checked_rows(tokenizer, [own.path("training_data", f"{p}.jsonl") for p in PARTS], recipe.max_length)
+        for who, own in split_rows(run).items()
+    }
     rows, valid = ([row for parts in data.values() for row in parts[i]] for i in (0, 1))
     way, _, formula = settle_here(model, recipe, rows + valid, free_gb)
     minutes, tokens = 60 * hours(model, way, rows, valid, run.profile.epochs), sum(len(r.ids) for r in rows)
@@ -76,15 +78,23 @@ def plan_nine(run: Run, recipe: Recipe) -> pd.DataFrame:
     lines = []
     for who, (own, _) in {**data, "all nine": (rows, valid)}.items():
         parts = formula(config_of(model), way, max(len(r.ids) for r in own), max(sum(r.mask) for r in own))
-        lines.append({
-            "voice": who, "rows": len(own), "learned tokens": run.profile.epochs * sum(sum(r.mask) for r in own),
-            "minutes": minutes * sum(len(r.ids) for r in own) / tokens, "GB": sum(parts.values()), "GB free": free_gb,
-            "MB": 8e-6 * numbers * (len(data) if who == "all nine" else 1)})
+        lines.append(
+            {
+                "voice": who,
+                "rows": len(own),
+                "learned tokens": run.profile.epochs * sum(sum(r.mask) for r in own),
+                "minutes": minutes * sum(len(r.ids) for r in own) / tokens,
+                "GB": sum(parts.values()),
+                "GB free": free_gb,
+                "MB": 8e-6 * numbers * (len(data) if who == "all nine" else 1),
+            }
+        )
     return pd.DataFrame(lines)
 
 
-def train_nine(run: Run, recipe: Recipe, backend: str = "auto", start: str = "base",
-               rows: int | None = None) -> dict[str, dict[str, Any]]:
+def train_nine(
+    run: Run, recipe: Recipe, backend: str = "auto", start: str = "base", rows: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Train the nine adapters one after the other; stakeholder id -> what `train` returns of it.
 
     Together they see the rows of the one adapter for all, equally often: the learned tokens are the same. Finished

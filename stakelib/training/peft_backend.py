@@ -149,8 +149,15 @@ class Watch(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], valid: list[Rendered],
-               checkpoints: Path, start: Path | None = None) -> tuple[Any, dict[str, Any]]:
+def train_peft(
+    base: Path,
+    recipe: Recipe,
+    epochs: int,
+    train: list[Rendered],
+    valid: list[Rendered],
+    checkpoints: Path,
+    start: Path | None = None,
+) -> tuple[Any, dict[str, Any]]:
     """Train LoRA on the model in folder `base`; go on from the last checkpoint if there is one, else from `start`.
 
     The recipe's precision and checkpointing are decided before (`settle`). Returns the peft model holding the best
@@ -174,9 +181,11 @@ def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], v
     trainer = RowTrainer(
         model=model,
         args=_arguments(replace(recipe, learning_rate=rate_for(model.config, recipe)), checkpoints, steps, every),
-        train_dataset=[train[i] for i in order] + nothing, eval_dataset=valid,
+        train_dataset=[train[i] for i in order] + nothing,
+        eval_dataset=valid,
         data_collator=partial(collate, multiple=64 if model.dtype == torch.bfloat16 else 1),
-        callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)])
+        callbacks=[watch := Watch(steps, [train[i].where for i in order], recipe)],
+    )
     trainer.remove_callback(PrinterCallback)
     resumed = keep.last_checkpoint(checkpoints)
     if resumed:
@@ -192,18 +201,29 @@ def train_peft(base: Path, recipe: Recipe, epochs: int, train: list[Rendered], v
         model.load_adapter(checkpoints / f"checkpoint-{trainer.state.best_global_step}", "default")
     state, begun = trainer.state, int(resumed.name.split("-")[1]) if resumed else 0
     return model, keep.outcome(
-        state.log_history, (state.best_global_step, state.best_metric),
-        [train[i] for i in order[: state.global_step * recipe.accumulate]], steps=steps, begun=begun,
-        end=state.global_step, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        seconds=time.monotonic() - started, per_step=recipe.accumulate)
+        state.log_history,
+        (state.best_global_step, state.best_metric),
+        [train[i] for i in order[: state.global_step * recipe.accumulate]],
+        steps=steps,
+        begun=begun,
+        end=state.global_step,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        seconds=time.monotonic() - started,
+        per_step=recipe.accumulate,
+    )
 
 
 def lora_config(recipe: Recipe, config: Any) -> LoraConfig:
     """The recipe in PEFT's words, for a model with this transformers config."""
     return LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
-        layers_to_transform=layer_numbers(config, recipe) if recipe.layers else None, bias="none",
-        task_type="CAUSAL_LM")
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.targets),
+        layers_to_transform=layer_numbers(config, recipe) if recipe.layers else None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> TrainingArguments:
@@ -212,15 +232,34 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, every: int) -> Training
         wrong = f"{count} processes cannot share evenly the rows of a step, which are {recipe.accumulate}"
         raise CourseError(wrong, f"give --rows-per-step {count} or a multiple of it")
     made = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,
-        per_device_eval_batch_size=1, gradient_accumulation_steps=recipe.accumulate // count,
-        learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
-        warmup_steps=math.ceil(recipe.warmup * steps), weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
-        train_sampling_strategy="sequential", remove_unused_columns=False, dataloader_num_workers=0,
-        logging_steps=max(1, min(5, every)), logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
-        eval_strategy="steps", eval_steps=every, save_strategy=SaveStrategy.STEPS, save_steps=every,
-        metric_for_best_model="eval_loss", greater_is_better=False,
-        seed=recipe.seed, use_cpu=not torch.cuda.is_available(), label_names=["labels"],
-        ddp_find_unused_parameters=False)
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=recipe.accumulate // count,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup * steps),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        logging_steps=max(1, min(5, every)),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=every,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=recipe.seed,
+        use_cpu=not torch.cuda.is_available(),
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+    )
     made._n_gpu = min(made.n_gpu, 1)  # of several cards one, or Trainer lays a row on each: `accelerate launch` shares
     return made

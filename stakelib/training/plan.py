@@ -59,9 +59,13 @@ def memory(config: Any, recipe: Recipe, tokens: int, learned: int) -> dict[str, 
     learn = config.num_hidden_layers if full else len(layer_numbers(config, recipe))  # those below keep nothing
     adapter = (16 + 2 * (size == 2)) * adapter_parameters(config, recipe)
     parts = {
-        "program": PROGRAM_GB[size] * 2**30, "weights": (packed or size) * numbers + size * words - mapped,
-        "learning": 12 * (words + numbers) if full else adapter, "activations": HOLES * learn * kept,
-        "passing": 12 * config.vocab_size * learned + inside, "mapped": mapped}
+        "program": PROGRAM_GB[size] * 2**30,
+        "weights": (packed or size) * numbers + size * words - mapped,
+        "learning": 12 * (words + numbers) if full else adapter,
+        "activations": HOLES * learn * kept,
+        "passing": 12 * config.vocab_size * learned + inside,
+        "mapped": mapped,
+    }
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
@@ -99,15 +103,23 @@ def settle(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Reci
         if (needed_gb := need_gb(model, way, data)) <= free_gb:
             return way, why
     others = sorted((m for m in MODELS.values() if m.source != "made here"), key=lambda m: -m.parameters_m)
-    packed = {(m, p): replace(recipe, precision=p, checkpointing="on") for m, p in
-              [*((model, p) for p in (PACKED_BYTES if find_spec("bitsandbytes") else ())),
-               *((m.name, precision) for m in others)]}  # fmt: skip
-    fits = [f"{m} with precision '{p}' ({gb:.1f} GB)" for (m, p), r in packed.items()
-            if (gb := need_gb(m, r, data)) <= free_gb]  # fmt: skip
+    packed = {
+        (m, p): replace(recipe, precision=p, checkpointing="on")
+        for m, p in [
+            *((model, p) for p in (PACKED_BYTES if find_spec("bitsandbytes") else ())),
+            *((m.name, precision) for m in others),
+        ]
+    }
+    fits = [
+        f"{m} with precision '{p}' ({gb:.1f} GB)"
+        for (m, p), r in packed.items()
+        if (gb := need_gb(m, r, data)) <= free_gb
+    ]
     raise CourseError(
         f"memory: {model} in {precision}, rows of up to {_longest(data)[0]} tokens, checkpointing {way.checkpointing}: "
         f"{needed_gb:.1f} GB needed, {free_gb} GB free",
-        "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs")
+        "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs",
+    )
 
 
 def settle_here(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Recipe, str, Any]:
@@ -133,8 +145,16 @@ class Plan:
     advice: str
 
 
-def plan(model: str, recipe: Recipe, data: Rows, machine: dict[str, Any] | None = None, *, valid: Rows = (),
-         epochs: int = 1, models: Sequence[str] = tuple(MODELS)) -> Plan:
+def plan(
+    model: str,
+    recipe: Recipe,
+    data: Rows,
+    machine: dict[str, Any] | None = None,
+    *,
+    valid: Rows = (),
+    epochs: int = 1,
+    models: Sequence[str] = tuple(MODELS),
+) -> Plan:
     """Peak memory and wall time of training `model` on `data` on this machine, and a table of what else would fit.
 
     `machine`: its `ram_free_gb` decides what fits; None: what `limit_gb` says of this one. Loads no weights. Raises
@@ -180,11 +200,18 @@ def what_fits(recipe: Recipe, data: Rows, free_gb: float, valid: Rows, epochs: i
         way = ways[need_gb(model, ways[0], data, formula) > free_gb]
         sizes = {n: formula(config_of(model), way, n, n * learned // longest) for n in (512, 1024, 1536)}
         fits = (needed_gb := need_gb(model, way, data, formula)) <= free_gb
-        lines.append({
-            "model": model, "million": find_model(model).parameters_m, "precision": kind,
-            "checkpointing": way.checkpointing, **{f"GB, {n} tokens": sum(p.values()) for n, p in sizes.items()},
-            "GB": needed_gb, "fits": fits,
-            "hours": hours(model, way, data, valid, epochs) if fits and kind != FULL else None})
+        lines.append(
+            {
+                "model": model,
+                "million": find_model(model).parameters_m,
+                "precision": kind,
+                "checkpointing": way.checkpointing,
+                **{f"GB, {n} tokens": sum(p.values()) for n, p in sizes.items()},
+                "GB": needed_gb,
+                "fits": fits,
+                "hours": hours(model, way, data, valid, epochs) if fits and kind != FULL else None,
+            }
+        )
     return pandas.DataFrame(lines).astype({"hours": float})
 
 

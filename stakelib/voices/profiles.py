@@ -18,14 +18,27 @@ from stakelib.scenarios.metrics import METRICS, RATIOS
 
 VARIANTS = ("conservative", "pragmatic", "progressive")
 CONTEXTS = ("least-developed", "emerging", "developed")
-IDS = ("policy-makers", "grid-operators", "industry", "public", "csos-ngos", "scientific", "finance",
-       "regional-bodies", "development-partners")
+IDS = (
+    "policy-makers",
+    "grid-operators",
+    "industry",
+    "public",
+    "csos-ngos",
+    "scientific",
+    "finance",
+    "regional-bodies",
+    "development-partners",
+)
 FLAGS = ("island", "mainland", "pool", "no pool")
 Variant = Literal["conservative", "pragmatic", "progressive"]
 Context = Literal["least-developed", "emerging", "developed"]
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 _CONDITION = re.compile(r"([a-z_]+)\.(near|far|end|change|growth|rise) (>=|<=|>|<) (-?\d+(?:\.\d+)?)")
 PLACE = re.compile(r"\{([^{}]*)\}")
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -181,8 +194,10 @@ def _parse(kind: Any, name: str, text: str, words: Mapping[str, Any] | None = No
         raise CourseError(f"{where}: {' '.join(str(error).split())}", "mend the YAML near that line.") from error
     except ValidationError as error:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        rows = [f"{name}:{_line(tree, e['loc'])}: {'.'.join(map(str, e['loc']))}: {e['msg']}"
-                for e in error.errors(include_url=False)]
+        rows = [
+            f"{name}:{_line(tree, e['loc'])}: {'.'.join(map(str, e['loc']))}: {e['msg']}"
+            for e in error.errors(include_url=False)
+        ]
         raise CourseError(rows, "mend the lines named above; stakelib/voices/data/README.md shows the form.") from error
 
 

@@ -54,8 +54,9 @@ class Response(BaseModel):
 class _Speaker:
     """One response in the making: the scenario's figures, the bars of this stance, and the dice."""
 
-    def __init__(self, scenario: Scenario, metrics: Metrics, profile: Profile, context: str, variant: str,
-                 seed: int) -> None:
+    def __init__(
+        self, scenario: Scenario, metrics: Metrics, profile: Profile, context: str, variant: str, seed: int
+    ) -> None:
         self.profile, self.variant, self.context = profile, variant, context
         self.stance = profile.bars.get(variant, Bars())
         self.rng = random.Random(f"{seed}|{scenario_id(scenario)}|{profile.id}|{context}|{variant}")
@@ -63,20 +64,27 @@ class _Speaker:
         place = country_profile(scenario.metadata.country)
         self.values: dict[str, Any] = ratios(metrics)
         self.values |= {f"no {key}": True for key in METRICS if key not in {m.key for m in shown}}
-        self.values |= {"island": place.get("island"), "mainland": place.get("island") is False,
-                        "pool": bool(place), "no pool": not place}
+        self.values |= {
+            "island": place.get("island"),
+            "mainland": place.get("island") is False,
+            "pool": bool(place),
+            "no pool": not place,
+        }
         self.printed: list[Metric] = []
         self.said: set[str] = set()
-        self.words = profiles.shared_words() | {name: text if isinstance(text, str) else text.get(variant, "")
-                                       for name, text in profile.words.items()}
+        self.words = profiles.shared_words() | {
+            name: text if isinstance(text, str) else text.get(variant, "") for name, text in profile.words.items()
+        }
         names = {"country": scenario.metadata.country, "scenario": scenario.metadata.scenarioName}
         names |= {"pool": place["pool"] if place else "our region"}
         self.known: dict[str, tuple[str, Metric | None]] = {name: (text, None) for name, text in names.items()}
         for m in shown:  # one year may have two names
             texts = (str(m), f"{m} by {m.year}", f"{m} in {m.year}", str(m.year), m.number)
             for slot in (slot for slot, year in metrics.slots.items() if year == m.year):
-                self.known |= {f"{m.key}.{slot}{form}": (text, None if form == ".year" else m)
-                               for form, text in zip(profiles.FORMS, texts, strict=True)}
+                self.known |= {
+                    f"{m.key}.{slot}{form}": (text, None if form == ".year" else m)
+                    for form, text in zip(profiles.FORMS, texts, strict=True)
+                }
 
     def say(self, phrases: Sequence[str], fresh: bool = False) -> str | None:
         """A reading of one of the phrases whose figures are all known, and if `fresh` not yet told, or None."""
@@ -154,18 +162,30 @@ def _topic(point: Any) -> str:
     return point.when[0].split(".")[0] if point.when else point.say[0]
 
 
-def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", variant: str = "pragmatic",
-            seed: int = 0, keys: Collection[str] = tuple(METRICS)) -> Response:
+def respond(
+    scenario: Scenario,
+    stakeholder: str,
+    context: str = "emerging",
+    variant: str = "pragmatic",
+    seed: int = 0,
+    keys: Collection[str] = tuple(METRICS),
+) -> Response:
     """What `stakeholder` (an id such as "finance") says about `scenario`; the same for the same arguments.
 
     `context`: least-developed, emerging or developed; `variant`: conservative, pragmatic or progressive; `keys`: the
     metrics it is told, all if not given. States only what these figures hold, and asks about what is missing. Raises
     CourseError for unknown names.
     """
-    known = {"stakeholder": (stakeholder, tuple(STAKEHOLDERS)), "context": (context, CONTEXTS),
-             "variant": (variant, VARIANTS)}
-    if bad := [f"{what} {name!r} is not one of {', '.join(names)}" for what, (name, names) in known.items()
-               if name not in names]:
+    known = {
+        "stakeholder": (stakeholder, tuple(STAKEHOLDERS)),
+        "context": (context, CONTEXTS),
+        "variant": (variant, VARIANTS),
+    }
+    if bad := [
+        f"{what} {name!r} is not one of {', '.join(names)}"
+        for what, (name, names) in known.items()
+        if name not in names
+    ]:
         raise CourseError(bad, "use one of the names above.")
     told, profile = derive_metrics(scenario).only(keys), STAKEHOLDERS[stakeholder]
     turns = [_once(scenario, told, profile, context, variant, seed)]
@@ -178,8 +198,13 @@ def respond(scenario: Scenario, stakeholder: str, context: str = "emerging", var
 
 def _misses(response: Response) -> int:
     """Figures too few, and words too many."""
-    texts = [response.initialReaction, *response.appreciation, *response.questions, *response.engagementAdvice,
-             *(f"{c.text} {c.explanation}" for c in response.concerns)]
+    texts = [
+        response.initialReaction,
+        *response.appreciation,
+        *response.questions,
+        *response.engagementAdvice,
+        *(f"{c.text} {c.explanation}" for c in response.concerns),
+    ]
     words = sum(len(text.split()) for text in texts)
     return 1000 * max(0, MIN_FACTS - len(response.facts)) + max(0, words - MAX_WORDS)
 
@@ -193,5 +218,11 @@ def _once(scenario: Scenario, told: Metrics, profile: Profile, context: str, var
     questions, _ = speaker.pick(profile.questions, "concerns", 3, BESIDE)
     advice, _ = speaker.pick(profile.advice, "praise", 2, BESIDE)
     facts = {(m.key, m.year): Fact(metric=m.label, year=m.year, unit=m.unit, value=m.value) for m in speaker.printed}
-    return Response(initialReaction=reaction, appreciation=praise, concerns=worries, questions=questions,
-                    engagementAdvice=advice, facts=list(facts.values()))
+    return Response(
+        initialReaction=reaction,
+        appreciation=praise,
+        concerns=worries,
+        questions=questions,
+        engagementAdvice=advice,
+        facts=list(facts.values()),
+    )
