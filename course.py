@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -204,32 +205,45 @@ def call(command: "list[str]", **more: str) -> int:
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
     from stakelib.models import preflight
-    from stakelib.run import CourseError, Run, clock
+    from stakelib.run import CourseError, Run, atomic_write_json, clock, hold, telling_full_disk
 
-    model = options.model and str(Path(options.model).resolve() if os.path.isdir(options.model) else options.model)
+    local = os.path.abspath(os.path.expanduser(options.model or ""))
+    model = local if options.model and os.path.isdir(local) else options.model
+    notebooks, started = choose_notebooks(options.only), time.monotonic()
     try:
-        run = Run.open(options.out and Path(options.out).resolve(), options.profile, model)
+        run = Run.open(options.out, options.profile, model)
         preflight(run.profile.model, run.folder)  # known, allowed, and does it fit this machine
     except CourseError as problem:
         raise Stop("\n- ".join(problem.problems), problem.next_action, code=2) from None
-    notebooks, started, terminal = choose_notebooks(options.only), time.monotonic(), Terminal()
-    with only_one(run.folder):
-        say(f"Profile {run.profile.name}, model {run.profile.model}, run folder {run.folder}")
-        saved = run.path("notebooks", "timings.json")
-        timings = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-        for number, notebook in enumerate(notebooks):
-            title = f"[{number + 1}/{len(notebooks)}] {notebook.stem}"
-            left = [timings.get(other.stem) for other in notebooks[number:]]
-            eta = "" if None in left else f", about {clock(sum(left))} to the end if all is as last time"
-            say("\n{} starts at {}{}".format(title, time.strftime("%H:%M"), eta))
-            begun = time.monotonic()
-            parameters = {"profile": options.profile, "model": model, "out": str(run.folder)}
-            execute(notebook, run.path("notebooks", notebook.name), parameters, terminal)
-            timings[notebook.stem] = round(time.monotonic() - begun, 1)
-            saved.write_text(json.dumps(timings, indent=2), encoding="utf-8")
-            say(f"{title} done in {clock(timings[notebook.stem])}")
+    terminal, action = Terminal(), "wait for it, or choose a folder with --out"
+    try:
+        with telling_full_disk(run.folder), hold(run.folder / ".lock", f"another run is using {run.folder}", action):
+            say(f"Profile {run.profile.name}, model {run.profile.model}, run folder {run.folder}")
+            saved = run.path("notebooks", "timings.json")
+            timings = read_timings(saved)
+            for number, notebook in enumerate(notebooks):
+                title = f"[{number + 1}/{len(notebooks)}] {notebook.stem}"
+                left = [timings.get(other.stem) for other in notebooks[number:]]
+                eta = "" if None in left else f", about {clock(sum(left))} to the end if all is as last time"
+                say("\n{} starts at {}{}".format(title, time.strftime("%H:%M"), eta))
+                begun = time.monotonic()
+                parameters = {"profile": options.profile, "model": model, "out": str(run.folder)}
+                execute(notebook, run.path("notebooks", notebook.name), parameters, terminal)
+                timings[notebook.stem] = round(time.monotonic() - begun, 1)
+                atomic_write_json(saved, timings)
+                say(f"{title} done in {clock(timings[notebook.stem])}")
+    except CourseError as problem:
+        raise Stop("\n- ".join(problem.problems), f"{problem.next_action}; then {AGAIN}") from None
     say(f"\nAll done in {clock(time.monotonic() - started)}.")
     return say("Report: {}".format(next(run.folder.glob("report.html"), "not made yet"))) or 0
+
+
+def read_timings(file: Path) -> "dict[str, float]":
+    """Seconds of each notebook last time; empty where the file is missing or broken: it only serves an estimate."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(file.read_text(encoding="utf-8")).items()
+        return {name: seconds for name, seconds in found if isinstance(seconds, (int, float))}
+    return {}
 
 
 def choose_notebooks(only: "str | None") -> "list[Path]":
@@ -243,21 +257,40 @@ def choose_notebooks(only: "str | None") -> "list[Path]":
 
 
 def execute(notebook: Path, copy: Path, parameters: "dict[str, object]", terminal: "Terminal") -> None:
-    """Run one notebook in this Python's kernel. Raises Stop: what failed, where to look and what to do."""
+    """Run one notebook in this Python's kernel. Raises Stop: what failed, where to look and what to do.
+
+    The executed copy takes the place of an older one only when it is whole.
+    """
     import papermill
+
+    from stakelib.run import disk_full, writing
 
     terminal.begin(notebook.stem)
     settings = {"kernel_name": "python3", "progress_bar": False, "stdout_file": terminal, "stderr_file": terminal}
+    failures, kept = [], "no executed copy could be kept"
     try:
-        papermill.execute_notebook(str(notebook), str(copy), parameters, cwd=str(notebook.parent), **settings)
-    except Exception as failure:  # a cell's error, a dead kernel, a full disk: our own traceback helps nobody
-        name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
-        text = text if name == "CourseError" else f"- {name}: {text}"
-        what, _, action = text.partition("\nWhat to do next: ")  # a CourseError ends with it
-        where = f"{notebook.name} stopped at cell {getattr(failure, 'exec_count', '?')}; its executed copy: {copy}"
-        raise Stop(f"{where}\n{what}", f"{action or 'mend that'}; then {AGAIN}") from None
+        with writing(copy) as part, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not end in one of")  # the hidden copy's name
+            names = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, part)]  # papermill fills in
+            try:
+                papermill.execute_notebook(*names, parameters, cwd=str(notebook.parent), **settings)
+            except Exception as failure:  # a cell's error, a dead kernel: the copy shows it
+                failures.append(failure)
+            json.loads(part.read_text(encoding="utf-8"))
+        kept = f"its executed copy: {copy}"
+    except Exception as failure:  # a full disk: the copy is not whole, so an older one stays
+        failures.append(failure)
     finally:
         terminal.begin("")
+    if not failures:
+        return
+    failure = failures[0]
+    name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
+    if name != "CourseError":  # our own traceback helps nobody
+        text = str(disk_full(Exception(f"{name}: {text}"), copy.parent) or f"- {name}: {text}")
+    what, _, action = text.partition("\nWhat to do next: ")  # a CourseError ends with it
+    where = f"{notebook.name} stopped at cell {getattr(failure, 'exec_count', '?')}; {kept}"
+    raise Stop(f"{where}\n{what}", f"{action or 'mend that'}; then {AGAIN}") from None
 
 
 class Terminal:
@@ -287,27 +320,6 @@ class Terminal:
             if self.name and time.monotonic() - self.printed > SILENCE:
                 bar, self.rest = self.rest.rstrip("\r").split("\r")[-1], ""
                 self.write(f"... {self.name} still at work, {(time.monotonic() - self.begun) / 60:.0f} min  {bar}\n")
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> "contextlib.AbstractContextManager[None]":
-    """Hold the run folder for this process; the lock of a dead process is taken over."""
-    import psutil
-
-    lock = folder / ".lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError, ValueError, psutil.Error):
-        pid, started = json.loads(lock.read_text(encoding="utf-8"))
-        owner = psutil.Process(pid)  # ids are used again, so its start must fit too
-        if abs(owner.create_time() - started) < 2 and owner.status() != psutil.STATUS_ZOMBIE:
-            raise Stop(f"another run (process {pid}) is using {folder}", "wait for it, or choose a folder with --out")
-    lock.unlink(missing_ok=True)
-    with lock.open("x", encoding="utf-8") as stream:  # of two that start at the same moment, one fails here
-        json.dump([os.getpid(), psutil.Process().create_time()], stream)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
 
 
 def test_commands(everything: bool, extra: "list[str]") -> "list[list[str]]":
@@ -361,7 +373,9 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="course.py", description="Set up, run, test or open the course.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     run = commands.add_parser("run", help="the whole course, headless, to a report")
-    run.add_argument("--profile", default=os.environ.get("STAKE_PROFILE", "quick"), help="smoke, quick, report or full")
+    run.add_argument(
+        "--profile", default=os.environ.get("STAKE_PROFILE") or "quick", help="smoke, quick, report or full"
+    )
     run.add_argument("--model", help="a name from the README's table of models, or a local folder")
     run.add_argument("--only", help="numbers of notebooks, as in 01,04")
     run.add_argument("--out", help="run folder (default: runs/<profile>)")
@@ -378,11 +392,20 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     return options
 
 
+def settle_folders() -> None:
+    """Make the folders that the environment names absolute: kernels work elsewhere. An empty name is none."""
+    for name in ("STAKE_CACHE", "STAKE_RUN_ROOT"):
+        given = os.environ.pop(name, "").strip()
+        if given:
+            os.environ[name] = os.path.abspath(os.path.expanduser(given))
+
+
 def main(arguments: "list[str]") -> int:
     try:
         check_python(sys.version_info)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page must not end a run
+        settle_folders()
         options = parse(arguments)
         work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}.get(options.command, hand_over)
         if options.command in ("doctor", "pack", "unpack") or PARENT in os.environ:

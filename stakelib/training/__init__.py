@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from jinja2 import StrictUndefined, Template
 from stakelib import machine
 from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
 from stakelib.models.adapters import PEFT_FILES, check_adapter, shapes, to_mlx
-from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
+from stakelib.run import CourseError, Run, atomic_write_text, is_main, sha256, versions, writing
 from stakelib.training import keep
 from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
 from stakelib.training.mlx_run import mlx_place, train_mlx
@@ -98,7 +97,7 @@ def train(
                 way, why = settle(run.profile.model, recipe, data, here["ram_free_gb"])
             return [way.precision, way.checkpointing, why]
 
-        precision, checkpointing, why = keep.as_begun(checkpoints(), decide)
+        precision, checkpointing, why = keep.as_begun(checkpoints(), folder.name, decide)
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         settled = replace(recipe, precision=precision, checkpointing=checkpointing)
         if backend == "mlx":
@@ -114,15 +113,12 @@ def train(
             with writing(folder) as part:
                 save(part)
                 _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
-                for file in (f for f in part.rglob("*") if f.is_file()):  # on the disk before the checkpoints go
-                    with file.open("r+b") as stream:
-                        os.fsync(stream.fileno())
         return result
 
     with keep.alone(run.path("training", f"{folder.name}.lock")):
         result = run.stage(name, settings, inputs, [folder], work)
-        if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
-            discard(checkpoints())
+        if is_main():  # only now: the record says that the adapter is there
+            keep.sweep_checkpoints(checkpoints(), folder.name)
     return result
 
 

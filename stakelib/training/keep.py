@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from stakelib import machine, plots
 from stakelib.models import Rendered
-from stakelib.run import CourseError, atomic_write_json, discard, is_main, sha256
+from stakelib.run import CourseError, atomic_write_json, discard, hold, is_main, sha256
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
+BEGUN = "begun.json"  # in a folder of checkpoints: whose they are, and what was decided when they were begun
 RISE = 2.0  # nats per token above the best so far: the right token is e^2 = 7 times less likely than it was
 
 
@@ -86,17 +85,18 @@ def prune(folder: Path, best: int | None) -> None:
             discard(old)
 
 
-def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
+def as_begun(checkpoints: Path, adapter: str, decide: Callable[[], list[str]]) -> list[str]:
     """What `decide` says, or said on this computer when these checkpoints were begun; the same in all processes.
 
-    Measured again while the computer is busy, it could come out otherwise.
+    Measured again while the computer is busy, it could come out otherwise. `adapter`: whose checkpoints they are.
     """
-    file, here, kept = checkpoints / "begun.json", machine.describe()["processor"], [None]
-    with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    chosen = kept[1:] if kept[0] == here else decide()
+    file, here, chosen = checkpoints / BEGUN, machine.describe()["processor"], None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        chosen = begun["chosen"] if begun["processor"] == here else None
+    chosen = chosen or decide()
     if is_main():
-        atomic_write_json(file, [here, *chosen])
+        atomic_write_json(file, {"adapter": adapter, "processor": here, "chosen": chosen})
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return chosen
     from accelerate.utils import broadcast_object_list
@@ -105,28 +105,24 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
     return broadcast_object_list([chosen])[0]
 
 
+def sweep_checkpoints(finished: Path, adapter: str) -> None:
+    """Remove the checkpoints of a finished training, and those of `adapter` whose settings were changed before."""
+    for checkpoints in finished.parent.glob("checkpoints-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads((checkpoints / BEGUN).read_text(encoding="utf-8"))["adapter"] == adapter:
+                discard(checkpoints)
+                if checkpoints != finished:
+                    print(f"training: removed {checkpoints.name}, of earlier settings that never ended", flush=True)
+
+
 @contextlib.contextmanager
 def alone(file: Path) -> Iterator[None]:
-    """Hold the lock `file` for this process; the system lets go of it however the process ends.
-
-    Raises CourseError where another process holds it. Network drives and read-only ones are used without.
-    """
-    lock = FileLock(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock `file` of one adapter for this process. Raises CourseError where another process holds it."""
+    with contextlib.ExitStack() as stack:
         if is_main():  # of those that train together, the first speaks for all
-            lock.acquire(blocking=False)
-    except Timeout:
-        raise CourseError(
-            f"another notebook or process is training this adapter ({file} is locked)",
-            "wait for it, or stop it and run again: the training goes on from its last checkpoint",
-        ) from None
-    except OSError as problem:
-        print(f"training: {file} cannot be locked ({problem}); do not start this training twice", flush=True)
-    try:
+            action = "wait for it, or stop it and run again: the training goes on from its last checkpoint"
+            stack.enter_context(hold(file, "another notebook or process is training this adapter", action))
         yield
-    finally:
-        lock.release()
 
 
 def processes() -> Any:
