@@ -205,7 +205,7 @@ def call(command: "list[str]", **more: str) -> int:
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
     from stakelib.models import preflight
-    from stakelib.run import CourseError, Run, atomic_write_json, clock, hold, telling_full_disk
+    from stakelib.run import CourseError, Run, atomic_write_json, clock, hold
 
     local = os.path.abspath(os.path.expanduser(options.model or ""))
     model = local if options.model and os.path.isdir(local) else options.model
@@ -217,7 +217,7 @@ def run_course(options: argparse.Namespace) -> int:
         raise Stop("\n- ".join(problem.problems), problem.next_action, code=2) from None
     terminal, action = Terminal(), "wait for it, or choose a folder with --out"
     try:
-        with telling_full_disk(run.folder), hold(run.folder / ".lock", f"another run is using {run.folder}", action):
+        with hold(run.folder / ".lock", f"another run is using {run.folder}", action):
             say(f"Profile {run.profile.name}, model {run.profile.model}, run folder {run.folder}")
             saved = run.path("notebooks", "timings.json")
             timings = read_timings(saved)

@@ -63,7 +63,7 @@ def disk_full(problem: BaseException, place: Path) -> CourseError | None:
     full = next((p for p in places if free[p] < FULL_MB), places[0] if said else None)
     if full is None or any(getattr(e, "full", False) for e in causes):
         return None
-    what = f"the disk of {full} is full: {free[full]:.1f} MB free"
+    what = f"the disk of {full} is full, with {free[full]:.1f} MB free now"
     action = "make room on that disk (old folders in runs/ and packed runs are large)"
     if isinstance(problem, CourseError):
         told = CourseError([*problem.problems, what], f"{action}; then {problem.next_action}")
@@ -127,9 +127,11 @@ def _take_place(part: Path, path: Path) -> None:
         if old.exists():
             move(old, path)
         raise
-    if os.name != "nt":
-        _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if os.name != "nt":
+            _fsync(path.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(part: Path) -> None:
@@ -452,13 +454,14 @@ class Run:
             yield
         except BaseException:
             with contextlib.suppress(Exception):  # the disk may be full; the first problem is the one to tell
-                self._note_texts(outputs, before, kept)
+                self._note_texts(self._texts(outputs), before, kept)
             raise
-        self._note_texts(outputs, before, kept)
+        self._note_texts(self._texts(outputs), before, kept, finished=True)
 
-    def _note_texts(self, outputs: list[Path], before: dict[Path, str], kept: dict[Path, Path]) -> None:
-        """Say what was kept, and put on record what the work wrote."""
-        after = self._texts(outputs)
+    def _note_texts(
+        self, after: dict[Path, str], before: dict[Path, str], kept: dict[Path, Path], finished: bool = False
+    ) -> None:
+        """Say what was kept, and put on record what the work wrote: all that is there, if it finished."""
         for file, copy in kept.items():
             if after.get(file) == before[file]:
                 copy.unlink()
@@ -467,7 +470,8 @@ class Run:
                 continue
             how = "; to change rows so that they stay changed, use notebook 02" if file.suffix == ".jsonl" else ""
             print(f"{self._name(file)} was not as the course wrote it: kept as {self._name(copy)}{how}", flush=True)
-        if new := {self._name(f): digest for f, digest in after.items() if before.get(f) != digest}:
+        new = {self._name(f): digest for f, digest in after.items() if finished or before.get(f) != digest}
+        if not new.items() <= self.record.get("written", {}).items():
             with self._recording():
                 self.record.setdefault("written", {}).update(new)
 

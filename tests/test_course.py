@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ import psutil
 import pytest
 
 import course
+from stakelib import run as run_module
+from stakelib.run import hold
 
 LINUX = ("linux", "x86_64")
 
@@ -258,30 +261,6 @@ def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------------- run
 
 
-STUB_RUN = """
-from pathlib import Path
-class CourseError(Exception):
-    def __init__(self, problems, next_action):
-        self.problems, self.next_action = problems, next_action
-        super().__init__("\\n".join([*("- " + p for p in problems), "What to do next: " + next_action]))
-class Profile:
-    name, model = "smoke", "tiny"
-class Run:
-    profile = Profile
-    @classmethod
-    def open(cls, out, profile, model):
-        if profile != "smoke":
-            raise CourseError([f"profile '{profile}' is unknown", "second problem"], "choose smoke")
-        run = cls()
-        run.folder = Path(out or "runs")
-        return run
-    def path(self, *parts):
-        path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-def clock(seconds):
-    return f"{seconds:.0f} s"
-"""
 STUB_MODELS = "def preflight(name, folder):\n    pass\n"
 HEAD = "profile = 'quick'\nmodel = None\nout = None"
 FIRST = "import sys, pathlib\nprint('kernel', sys.executable)\nprint('parameters', profile, model)\n"
@@ -295,8 +274,8 @@ def small_course(tmp_path: Path) -> Path:
     (tmp_path / "stakelib").mkdir()
     (tmp_path / "notebooks").mkdir()
     shutil.copy(course.__file__, tmp_path / "course.py")
-    files = {"requirements-cpu.txt": "papermill\n", "requirements-m1.txt": "papermill\n", "stakelib/__init__.py": ""}
-    files |= {"stakelib/run.py": STUB_RUN, "stakelib/models.py": STUB_MODELS}
+    files = {"stakelib/__init__.py": "__version__ = '0'\n", "stakelib/models.py": STUB_MODELS}
+    shutil.copy(run_module.__file__, tmp_path / "stakelib" / "run.py")
     pin = f"papermill=={course.unmet('papermill==0')[0].split(': ')[1].rstrip(')')}\n"
     files |= {"requirements-cpu.txt": pin, "requirements-m1.txt": pin}
     for name, text in files.items():
@@ -340,7 +319,8 @@ def test_run_executes_reports_and_stops_at_the_failing_cell(small_course: Path) 
     copy = small_course / "r" / "notebooks" / "04_second.ipynb"
     assert str(copy) in output
     assert "row 7 is wrong" in copy.read_text(encoding="utf-8")
-    assert not (small_course / "r" / ".lock").exists()
+    with hold(small_course / "r" / ".lock", "taken", "wait"):
+        pass  # the folder is free again
     code, output = finish(start(small_course, "--only", "1"))
     assert code == 0
     assert f"Report: {small_course / 'r' / 'report.html'}" in output
@@ -350,7 +330,7 @@ def test_run_executes_reports_and_stops_at_the_failing_cell(small_course: Path) 
 def test_wrong_names_are_refused_without_a_traceback(small_course: Path) -> None:
     for arguments, words in (
         (("--only", "01,07,9"), "no notebook 07, 09\nWhat to do next: choose from: 01, 04"),
-        (("--profile", "huge"), "- profile 'huge' is unknown\n- second problem\nWhat to do next: choose smoke"),
+        (("--profile", "huge"), "- profile 'huge' is unknown\nWhat to do next: choose one of: smoke"),
         (("--nonsense",), "unknown: --nonsense"),
     ):
         code, output = finish(start(small_course, *arguments))
@@ -387,13 +367,16 @@ def sleeping(small_course: Path) -> Iterator[tuple[Path, subprocess.Popen[str], 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to consoles, not to processes")
 def test_ctrl_c_ends_everything_and_frees_the_folder(sleeping: Any) -> None:
     folder, process, family = sleeping
-    assert finish(start(folder, "--only", "01"))[1].count("another run") == 1  # the folder is taken
+    code, output = finish(start(folder, "--only", "01"))
+    worker = next(member for member in family if "course.py" in " ".join(member.cmdline()))
+    assert code == 1 and f"another run is using {folder / 'r'} (process {worker.pid}, since" in output
     os.killpg(process.pid, signal.SIGINT)
     code, output = finish(process)
     assert code == 130, output
     assert "Stopped. To go on, run the same command again" in output
     assert wait_for(lambda: not any(member.is_running() for member in family))
-    assert not (folder / "r" / ".lock").exists()
+    with hold(folder / "r" / ".lock", "taken", "wait"):
+        pass
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
@@ -403,22 +386,76 @@ def test_a_killed_launcher_takes_worker_and_kernel_with_it(sleeping: Any) -> Non
     process.kill()
     gone = [lambda m=m: not m.is_running() or m.status() == psutil.STATUS_ZOMBIE for m in family]
     assert wait_for(lambda: all(test() for test in gone))
-    with course.only_one(folder / "r"):  # the lock that it left is taken over
-        assert (folder / "r" / ".lock").exists()
+    with hold(folder / "r" / ".lock", "taken", "wait"):
+        pass  # the system has let go of its lock
 
 
-def test_a_lock_belongs_to_one_living_process(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    with course.only_one(tmp_path):
-        held = lock.read_text(encoding="utf-8")
-        with pytest.raises(course.Stop, match="another run"), course.only_one(tmp_path):
-            pytest.fail("two runs in one folder")
-        assert lock.read_text(encoding="utf-8") == held
-    pid, started = json.loads(held)
-    for stale in ([pid, started - 60], [2**30, started], "half written"):
-        lock.write_text(json.dumps(stale)[:12] if isinstance(stale, str) else json.dumps(stale), encoding="utf-8")
-        with course.only_one(tmp_path):
-            assert json.loads(lock.read_text(encoding="utf-8"))[0] == os.getpid()
+def test_a_broken_estimate_of_the_time_stops_no_run(small_course: Path) -> None:
+    file = small_course / "r" / "notebooks" / "timings.json"
+    file.parent.mkdir(parents=True)
+    for broken in ('{"01_first": 3', "[1, 2]", '{"01_first": "long", "04_second": null}', "\0\0\0"):
+        file.write_text(broken, encoding="utf-8")
+        code, output = finish(start(small_course, "--only", "1"))
+        assert (code, "Traceback" in output) == (0, False), output
+        assert json.loads(file.read_text(encoding="utf-8"))["01_first"] >= 0
+
+
+@pytest.mark.parametrize("place", ["with {braces} {out}", "r { "])
+def test_braces_in_paths_are_only_letters(small_course: Path, place: str) -> None:
+    moved = small_course.parent / f"{small_course.name} {{course}}"
+    small_course.rename(moved)
+    code, output = finish(start(moved, "--only", "1", "--out", place))
+    assert code == 0, output
+    assert (moved / place / "notebooks" / "01_first.ipynb").exists()
+
+
+def test_folders_of_the_environment_are_settled_once(
+    small_course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels work in notebooks/, so a relative folder would be another one there; an empty name is no folder."""
+    code = "import os, json\nnames = ('STAKE_CACHE', 'STAKE_RUN_ROOT')\n"
+    code += "print('FOLDERS', json.dumps([os.environ.get(n) for n in names]))"
+    write_notebook(small_course / "notebooks" / "01_first.ipynb", code)
+    home = str(Path.home())
+    cases = [("mycache", str(small_course / "mycache")), ("", None), ("  ", None), ("~/x", os.path.join(home, "x"))]
+    for given, wanted in cases:
+        monkeypatch.setenv("STAKE_CACHE", given)
+        monkeypatch.setenv("STAKE_RUN_ROOT", given)
+        output = finish(start(small_course, "--only", "1"))[1]
+        assert json.loads(output.split("FOLDERS ")[1].splitlines()[0]) == [wanted, wanted]
+    assert not (small_course / "~").exists()
+
+
+def test_an_older_executed_copy_stays_where_the_new_one_cannot_be_written(
+    small_course: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import papermill
+
+    copy = small_course / "r" / "04_second.ipynb"
+    copy.parent.mkdir()
+    copy.write_text("{}", encoding="utf-8")
+
+    def execute(notebook: str, part: str, *_: Any, **__: Any) -> None:
+        Path(part).write_text('{"cells": [', encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    with pytest.raises(course.Stop, match=r"the disk of .* is full(.|\n)*next: make room"):
+        course.execute(small_course / "notebooks" / "04_second.ipynb", copy, {}, course.Terminal())
+    assert copy.read_text(encoding="utf-8") == "{}"
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.parametrize(
+    "said", ["OSError: [Errno 28] No space left on device", "OSError: There is not enough space on the disk"]
+)
+def test_a_full_disk_in_a_cell_is_named(small_course: Path, said: str) -> None:
+    write_notebook(small_course / "notebooks" / "01_first.ipynb", f"raise RuntimeError({said!r})")
+    code, output = finish(start(small_course, "--only", "1"))
+    assert code == 1 and f"the disk of {small_course / 'r' / 'notebooks'} is full" in output
+    assert "What to do next: make room on that disk" in output and "run the same command again" in output
+    write_notebook(small_course / "notebooks" / "01_first.ipynb", "raise RuntimeError('the twin')")
+    assert "is full" not in finish(start(small_course, "--only", "1"))[1]
 
 
 # ------------------------------------------------------------------------------------------------- output
