@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stakelib import machine
-from stakelib.export.merged import TOKENIZER_FILES, check_folder, no_tokenizer
+from stakelib.export.merged import TOKENIZER_FILES, check_folder
 from stakelib.models import BaseModel
 from stakelib.models.adapters import check_adapter
+from stakelib.models.base_folder import no_tokenizer
 from stakelib.models.mlx_models import BITS, mlx_folder
 from stakelib.run import CourseError, atomic_write_json, writing
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stakelib.models import BaseModel, load_tokenizer, load_weights
 from stakelib.models.adapters import packed_by_mlx, shapes
+from stakelib.models.base_folder import embedding_rows, no_tokenizer
 from stakelib.run import CourseError, writing
 
 # Copied from the base, byte for byte: tokenizers that are saved again lose files that the converter needs.
@@ -64,7 +65,7 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         problems.append(packed)
     if not any(folder.glob("*.safetensors")):
         problems.append("no safetensors file")
-    elif not without and not packed and (shape := _embedding_rows(folder)):
+    elif not without and not packed and (shape := embedding_rows(shapes(folder))):
         words = len(load_tokenizer(folder))
         if not shape == config["vocab_size"] >= words:
             problems.append(
@@ -74,13 +75,3 @@ def check_folder(folder: Path, base: BaseModel) -> None:
         raise CourseError(
             [f"{folder.name}: {p}" for p in problems], "run notebook 05 again; if it happens twice, report it"
         )
-
-
-def no_tokenizer(folder: Path) -> str:
-    """What to say of a model folder without a tokenizer; else ""."""
-    found = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    return "" if found else "no tokenizer: neither tokenizer.json nor tokenizer.model is there"
-
-
-def _embedding_rows(folder: Path) -> int | None:
-    return next((size[0] for name, size in shapes(folder).items() if name.endswith("embed_tokens.weight")), None)

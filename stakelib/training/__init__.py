@@ -68,7 +68,7 @@ def train(
     name = f"trial-{recipe.name}-{rows}" if rows else "train"
     folder = run.path("training", "trials", name) if rows else adapter_folder(run)
     files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
-    inputs = [*files, base.folder / "source.json", *([start] if start else ())]
+    inputs = [*files, base.source_json, *([start] if start else ())]
     settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": backend}
     if backend == "auto":  # this machine's own, unless another machine has finished this very training with the other
         own = "mlx" if machine.metal()[0] else "peft"
