@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_hub import fake_hub
+from fake_hub import COMMIT, fake_hub
 from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_models import chain_model, lively_model
@@ -641,7 +641,7 @@ def child(home: Path, address: str, code: str) -> str:
             403,
             r"the licence is not accepted yet \(403\)\nWhat .*open https://huggingface.co/google/gemma-2b-it with ",
         ),
-        (404, r"no such repository \(404\)\nWhat .*check the name; or"),
+        (404, r"no such repository or revision \(404\)\nWhat .*check name and revision(.*); or"),
         (503, r"no answer from the hub \(503\)\nWhat .*check the network, or copy .cache"),
         (0, r"no answer from the hub \(offline: \w+\)\nWhat .*check the network, or copy .cache"),
     ],
@@ -675,6 +675,36 @@ def test_the_hub_gives_weights_and_tokenizer_but_no_code_and_no_pickle(repositor
     fetched = {f.name: sha256(f) for f in folder.iterdir() if f.name != "source.json"}
     assert fetched == {f.name: sha256(f) for f in repository_of_a_model.iterdir() if f.read_bytes() != b"evil"}
     assert not any("evil" in a or ".bin" in a for a in asked if "/resolve/" in a)
+
+
+HUB = [name for name, model in catalog.MODELS.items() if model.source == "hub"]
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_every_model_of_the_hub_is_one_commit(name: str) -> None:
+    assert re.fullmatch("[0-9a-f]{40}", catalog.MODELS[name].revision)
+
+
+def source_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "source.json").read_text(encoding="utf-8"))
+
+
+def test_everything_is_asked_of_the_commit_that_the_list_names(repository_of_a_model: Path, home: Path) -> None:
+    with fake_hub(folder=repository_of_a_model) as (address, asked):
+        said = child(home, address, "print(base_model('smollm2-360m').folder)")
+    wanted = catalog.MODELS["smollm2-360m"].revision
+    files = [path for path in asked if "/resolve/" in path]
+    assert len(files) > 4 and all(f"/resolve/{wanted}/" in path for path in files)
+    assert source_of(Path(said.splitlines()[-1]))["revision"] == wanted
+
+
+def test_a_model_without_a_commit_in_the_list_keeps_the_first_one(repository_of_a_model: Path, home: Path) -> None:
+    loose = "from dataclasses import replace; from stakelib.models import MODELS; "
+    loose += "MODELS['smollm2-360m'] = replace(MODELS['smollm2-360m'], revision=''); "
+    with fake_hub(folder=repository_of_a_model) as (address, asked):
+        said = child(home, address, f"{loose}print(base_model('smollm2-360m').folder)")
+    assert source_of(Path(said.splitlines()[-1]))["revision"] == COMMIT
+    assert all(f"/resolve/{COMMIT}/" in path for path in asked if path.startswith("GET") and "/resolve/" in path)
 
 
 def test_a_download_that_breaks_off_leaves_nothing(repository_of_a_model: Path, home: Path) -> None:
