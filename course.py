@@ -203,16 +203,18 @@ def call(command: "list[str]", **more: str) -> int:
 
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
-    from stakelib.models import preflight
     from stakelib.run import CourseError, Run, clock
 
     model = options.model and str(Path(options.model).resolve() if os.path.isdir(options.model) else options.model)
     try:
         run = Run.open(options.out and Path(options.out).resolve(), options.profile, model)
-        preflight(run.profile.model, run.folder)  # known, allowed, and does it fit this machine
     except CourseError as problem:
         raise Stop("\n- ".join(problem.problems), problem.next_action, code=2) from None
     notebooks, started, terminal = choose_notebooks(options.only), time.monotonic(), Terminal()
+    check = [sys.executable, "-m", "stakelib.training", "--check", "--profile", run.profile.name]
+    check += ["--model", run.profile.model, "--out", str(run.folder)]  # a child: torch would stay in this process
+    if code := subprocess.run(check, env=child_environment()).returncode:
+        return code  # the model is unknown, not allowed or not whole, or the run does not fit: the check has said so
     with only_one(run.folder):
         say(f"Profile {run.profile.name}, model {run.profile.model}, run folder {run.folder}")
         saved = run.path("notebooks", "timings.json")

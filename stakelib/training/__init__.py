@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ from typing import Any
 from jinja2 import StrictUndefined, Template
 
 from stakelib import machine
-from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
+from stakelib.models import BaseModel, base_model, check_same_base, load_config, load_tokenizer
 from stakelib.models.adapters import PEFT_FILES, check_adapter, shapes, to_mlx
-from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, versions, writing
+from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, size, versions, writing
 from stakelib.training import keep
 from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
 from stakelib.training.mlx_run import mlx_place, train_mlx
-from stakelib.training.plan import Plan, memory, plan, settle, what_fits
+from stakelib.training.plan import Plan, memory, plan, preflight, settle, what_fits
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
@@ -35,6 +37,7 @@ __all__ = [
     "mlx_memory",
     "mlx_place",
     "plan",
+    "preflight",
     "render_rows",
     "train",
     "what_fits",
@@ -76,7 +79,7 @@ def train(
         settings["backend"] = backend = next(made, own)
 
     def checkpoints() -> Path:
-        return run.path("training", f"checkpoints-{_key(settings, inputs)}")
+        return run.path("training", f"{_prefix(name)}{_key(settings, inputs)}")
 
     def work() -> dict[str, Any]:
         if start:
@@ -117,13 +120,36 @@ def train(
                 for file in (f for f in part.rglob("*") if f.is_file()):  # on the disk before the checkpoints go
                     with file.open("r+b") as stream:
                         os.fsync(stream.fileno())
+        trained.append(name)
         return result
 
+    trained: list[str] = []
+    check_same_base(run.record, base, run.profile.model)
     with keep.alone(run.path("training", f"{folder.name}.lock")):
         result = run.stage(name, settings, inputs, [folder], work)
         if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
             discard(checkpoints())
+        if is_main() and trained:
+            _sweep_abandoned(run.path("training"), name)
     return result
+
+
+def _prefix(name: str) -> str:
+    """How the checkpoint folders of a training begin; only the holder of its lock writes such folders."""
+    return "checkpoints-" if name == "train" else f"checkpoints-{name}-"
+
+
+def _sweep_abandoned(place: Path, name: str) -> None:
+    """Remove the checkpoints of the same training with other settings, rows or base, which nobody goes on with."""
+    old = [p for p in place.glob("checkpoints-*") if re.fullmatch(re.escape(_prefix(name)) + "[0-9a-f]{12}", p.name)]
+    gb = sum(size(folder) for folder in old) / 1e9
+    for folder in old:
+        with contextlib.suppress(OSError):  # Windows: another program looks into it; the next training removes it
+            discard(folder)
+    if old:
+        print(
+            f"training: removed checkpoints of {len(old)} earlier settings that were given up ({gb:.1f} GB)", flush=True
+        )
 
 
 def _key(settings: dict[str, Any], files: list[Path]) -> str:

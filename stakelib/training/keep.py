@@ -17,6 +17,7 @@ from stakelib.models import Rendered
 from stakelib.run import CourseError, atomic_write_json, discard, is_main, sha256
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
+MARK = "\x1e"  # begins each fact that the MLX process tells: the record separator of JSON text sequences (RFC 7464)
 RISE = 2.0  # nats per token above the best so far: the right token is e^2 = 7 times less likely than it was
 
 
