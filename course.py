@@ -204,7 +204,6 @@ def call(command: "list[str]", **more: str) -> int:
 
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
-    from stakelib.models import preflight
     from stakelib.run import CourseError, Run, atomic_write_json, clock, hold
 
     local = os.path.abspath(os.path.expanduser(options.model or ""))
@@ -212,9 +211,13 @@ def run_course(options: argparse.Namespace) -> int:
     notebooks, started = choose_notebooks(options.only), time.monotonic()
     try:
         run = Run.open(options.out, options.profile, model)
-        preflight(run.profile.model, run.folder)  # known, allowed, and does it fit this machine
     except CourseError as problem:
         raise Stop("\n- ".join(problem.problems), problem.next_action, code=2) from None
+    check = [sys.executable, "-m", "stakelib.training", "--check", "--profile", run.profile.name]
+    check += ["--model", run.profile.model, "--out", str(run.folder)]  # a child: torch would stay in this process
+    code = subprocess.run(check, env=child_environment()).returncode
+    if code:
+        return code  # the model is unknown, not allowed or not whole, or the run does not fit: the check has said so
     terminal, action = Terminal(), "wait for it, or choose a folder with --out"
     try:
         with hold(run.folder / ".lock", f"another run is using {run.folder}", action):

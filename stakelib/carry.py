@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -47,16 +46,14 @@ def pack(folder: Path, file: Path) -> int:
 
 
 def _abandoned(folder: Path) -> set[Path]:
-    """Checkpoint folders of a training that was started anew with other settings: all but its newest one."""
-    newest: dict[str, tuple[float, Path]] = {}
+    """Checkpoint folders of a training that was started again with other settings: all but its newest one."""
+    newest: dict[tuple[Path, str], tuple[float, Path]] = {}
     folders = [p for p in folder.rglob("checkpoints-*") if p.is_dir()]
     for place in folders:
-        begun, adapter = place / "begun.json", ""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            adapter = json.loads(begun.read_text(encoding="utf-8"))["adapter"]
+        begun = place / "begun.json"
         when = (begun if begun.exists() else place).stat().st_mtime
-        key = f"{place.parent} {adapter}"
-        newest[key] = max(newest.get(key, (when, place)), (when, place))
+        training = place.parent, place.name.rpartition("-")[0]  # the last part is the digest of its settings
+        newest[training] = max(newest.get(training, (when, place)), (when, place))
     return {*folders} - {place for _, place in newest.values()}
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from stakelib import __version__
@@ -575,11 +575,22 @@ def _read_record(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     if made_by != FORMAT:
         raise CourseError(f"{file} has format {made_by}, this version of stakelib writes format {FORMAT}", another)
     differ = [
-        f"{file}: {k} is {kept.get(k)!r}, you asked for {v!r}" for k, v in fresh["profile"].items() if kept.get(k) != v
+        f"{file}: {k} is {kept.get(k)!r}, you asked for {v!r}"
+        for k, v in fresh["profile"].items()
+        if kept.get(k) != v and not (k == "model" and _same_name(str(kept.get(k)), v))
     ]
     if differ:
         raise CourseError(differ, another)
     return record
+
+
+def _same_name(kept: str, asked: str) -> bool:
+    """True if `asked` may be the folder of the base model `kept`, at another place, in another spelling.
+
+    Whether the files are the same, `stakelib.models.check_same_base` sees.
+    """
+    folder = os.path.abspath(os.path.expanduser(asked))
+    return os.path.isdir(folder) and PureWindowsPath(kept).name == PureWindowsPath(folder).name  # it knows / and \
 
 
 def versions() -> dict[str, str]:
@@ -599,22 +610,31 @@ def size(path: Path) -> int:
 
 
 def anonymous_mb() -> float:
-    """Memory of this process that the system cannot drop (MB): RssAnon on Linux, unique set size elsewhere.
+    """Memory of this process and of all that it started (MB) which the system cannot drop.
 
-    Mapped weight files count as resident but can be dropped, so resident size misleads.
+    RssAnon on Linux, unique set size elsewhere: mapped weight files count as resident but can be dropped, so resident
+    size misleads. A process that ends meanwhile counts nothing.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) / 1024
     import psutil
 
-    return psutil.Process().memory_full_info().uss / 2**20
+    this = psutil.Process()
+    return sum(_anonymous_mb(process) for process in (this, *this.children(recursive=True)))
+
+
+def _anonymous_mb(process: Any) -> float:
+    import psutil
+
+    try:
+        if not (status := Path(f"/proc/{process.pid}/status")).exists():
+            return process.memory_full_info().uss / 2**20
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+    except (OSError, psutil.Error):  # it has ended, or belongs to somebody else
+        return 0.0
 
 
 class PeakMemory:
-    """Context manager that samples `anonymous_mb` five times a second; `.peak_mb` afterwards."""
+    """Context manager that samples `anonymous_mb` five times a second, helpers included; `.peak_mb` afterwards."""
 
     def __enter__(self) -> PeakMemory:
         self.peak_mb, self._done = anonymous_mb(), threading.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +25,28 @@ def fake_hub(status: int = 200, folder: Path | None = None, cut: str = "") -> It
             if status != 200 or folder is None:
                 return self.send(b"", {"X-Error-Code": "GatedRepo"} if status == 403 else {})
             if "/resolve/" in self.path:
-                return self.send_file(folder / self.path.split(f"/resolve/{COMMIT}/")[-1].split("/resolve/main/")[-1])
+                revision, name = self.path.split("/resolve/")[-1].split("/", 1)
+                return self.send_file(folder / name, COMMIT if revision == "main" else revision)
             files = [{"rfilename": f.name} for f in sorted(folder.iterdir())]
             tree = [
                 {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)} for f in folder.iterdir()
             ]
-            about = {"id": "x/y", "sha": COMMIT, "siblings": files, "private": False, "downloads": 0, "tags": []}
+            asked_for = re.search(r"/revision/([0-9a-f]{40})", self.path)
+            about = {
+                "id": "x/y",
+                "sha": asked_for[1] if asked_for else COMMIT,
+                "siblings": files,
+                "private": False,
+                "downloads": 0,
+                "tags": [],
+            }
             self.send(json.dumps(tree if "/tree/" in self.path else about).encode(), {})
 
         do_HEAD = do_GET
 
-        def send_file(self, file: Path) -> None:
+        def send_file(self, file: Path, commit: str) -> None:
             body = file.read_bytes()
-            self.send(body, {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT}, file.name == cut)
+            self.send(body, {"ETag": f'"{digest(file)}"', "X-Repo-Commit": commit}, file.name == cut)
 
         def send(self, body: bytes, headers: dict[str, str], broken: bool = False) -> None:
             self.send_response(status)

@@ -143,18 +143,16 @@ def test_the_same_model_in_three_places_is_packed_once(home: Path, monkeypatch: 
 def test_checkpoints_of_abandoned_settings_and_locks_are_not_packed(home: Path) -> None:
     run = made_run(home / "here")
     training = run.path("training")
-    for age, (key, adapter) in enumerate([("c", "x-lora"), ("b", "x-lora"), ("a", "x-lora"), ("d", "trial")]):
-        begun = atomic_write_json(training / f"checkpoints-{key}" / "begun.json", {"adapter": adapter})
+    for age, key in enumerate(["c", "b", "a", "trial-1-d"]):
+        begun = atomic_write_json(training / f"checkpoints-{key}" / "begun.json", {"processor": "x"})
         (begun.parent / "checkpoint-4").mkdir()
         (begun.parent / "checkpoint-4" / "optimizer.pt").write_bytes(b"x" + key.encode())
         os.utime(begun, (10**9 - age, 10**9 - age))
-    atomic_write_json(training / "checkpoints-old" / "begun.json", ["processor", "float32"])  # of an older version
     (training / "x-lora.lock").write_bytes(b"")
     pack(run.folder, home / "x.zip")
     unpack(home / "x.zip", home / "there")
-    assert sorted(p.name for p in (home / "there" / "training").iterdir()) == [
-        f"checkpoints-{k}" for k in ("c", "d", "old")
-    ]
+    kept = sorted(p.name for p in (home / "there" / "training").iterdir())
+    assert kept == ["checkpoints-c", "checkpoints-trial-1-d"]
     assert (home / "there" / "training" / "checkpoints-c" / "checkpoint-4" / "optimizer.pt").read_bytes() == b"xc"
 
 

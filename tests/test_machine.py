@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from stakelib import machine
-from stakelib.run import CourseError
+from stakelib.run import CourseError, PeakMemory, anonymous_mb
 
 
 def test_describe_measures_this_machine(tmp_path: Path) -> None:
@@ -132,3 +133,44 @@ def test_apple_silicon_is_a_mac_with_an_m_chip(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(machine.sys, "platform", system)
         monkeypatch.setattr(machine.platform, "machine", lambda chip=chip: chip)
         assert machine.is_apple_silicon() is expected
+
+
+# ------------------------------------------------------------------------------------------------- memory of helpers
+
+HOLD = "import sys; held = bytearray(b'x') * (300 << 20); print('held', flush=True); sys.stdin.read()"
+
+
+def test_memory_of_a_child_and_of_its_child_is_counted_while_they_live() -> None:
+    """As MLX's process and the GGUF converter hold it; the grandchild is what a launcher of Windows makes of each."""
+    inner = [sys.executable, "-c", HOLD]
+    outer = f"import subprocess, sys; sys.exit(subprocess.run({inner!r}).returncode)"
+    before = anonymous_mb()
+    for code in (HOLD, outer):
+        with PeakMemory() as memory:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+                assert process.stdout.readline().strip() == b"held"
+                assert anonymous_mb() > before + 280
+                time.sleep(0.5)
+        assert process.returncode == 0
+        assert before + 280 < memory.peak_mb < before + 600
+        assert anonymous_mb() < before + 150  # it has ended, and is counted no more
+
+
+def test_processes_that_come_and_go_are_no_error() -> None:
+    with PeakMemory() as memory:
+        for _ in range(20):
+            subprocess.run([sys.executable, "-S", "-c", "pass"], check=True)
+            assert anonymous_mb() > 0
+    assert memory.peak_mb > 0
+
+
+def test_a_process_that_vanishes_while_it_is_looked_at_counts_nothing() -> None:
+    import psutil
+
+    from stakelib.run import _anonymous_mb
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        seen = psutil.Process(process.pid)
+        assert _anonymous_mb(seen) > 0
+    assert _anonymous_mb(seen) == 0

@@ -46,7 +46,9 @@ def test_mlx_is_here_where_its_packages_are_made_for(monkeypatch: pytest.MonkeyP
 def families(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseModel]:
     """A small model of every family on the list, by its name."""
     place, tiny = tmp_path_factory.mktemp("families"), tiny_cache / "models" / "tiny-gemma"
-    return {kind: base_model(str(shaped_model(tiny, place / kind, kind))) for kind in KINDS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAKE_CACHE", str(tiny_cache))
+        return {kind: base_model(str(shaped_model(tiny, place / kind, kind))) for kind in KINDS}
 
 
 @pytest.fixture()
@@ -306,6 +308,124 @@ def test_an_adapter_of_another_base_is_named_matrix_by_matrix(families: Any, tmp
         assert len(said) == 6 and said[-1].endswith("and 3 more")
         assert "has 128 inputs, this base model 64" in "".join(said)
         assert check_adapter(form, families["gemma2"].folder) is None  # the twin: the same sizes
+
+
+# Kinds of LoRA that people share. Beside each, whether PEFT itself makes another adapter of it.
+FOREIGN: dict[str, dict[str, Any]] = {
+    "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True},
+    "rank_pattern": {"rank_pattern": {"layers.3.mlp.up_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"layers.3.mlp.up_proj": 99}},
+    "modules_to_save": {"modules_to_save": ["embed_tokens"]},
+    "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "task_type": {"task_type": "SEQ_CLS"},
+    "trainable_token_indices": {"trainable_token_indices": {"embed_tokens": [5]}},
+    "exclude_modules": {"exclude_modules": ["layers.3.mlp.up_proj"]},
+    "layers_pattern": {"layers_pattern": "blocks"},
+    "layer_replication": {"layer_replication": [[0, 4], [2, 4]]},
+    "target_parameters": {"target_parameters": ["mlp.up_proj.weight"]},
+    "peft_type": {"peft_type": "LOHA"},
+    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "a_setting_of_next_year": {"a_setting_of_next_year": {"on": 1}},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_kind_of_lora_that_one_form_cannot_say_is_refused_by_name(
+    name: str, families: Any, cache: None, tmp_path: Path
+) -> None:
+    from stakelib.export import merge
+    from stakelib.export.adapter_files import adapter_to_gguf
+
+    base = families["llama"]
+    adapter = random_adapter(base, tmp_path / "adapter")
+    check_adapter(adapter, base.folder)
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | FOREIGN[name]), encoding="utf-8")
+    for use in (
+        lambda: check_adapter(adapter),
+        lambda: to_mlx(adapter),
+        lambda: merge(base, adapter, tmp_path / "merged"),
+        lambda: adapter_to_gguf(adapter, tmp_path / "no.gguf", tmp_path / "adapter.gguf"),
+    ):
+        with pytest.raises(CourseError, match=f"adapter: adapter_config.json: {name} = "):
+            use()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"] and not (adapter / "mlx").exists()
+
+
+def test_an_adapter_with_odd_tensors_is_refused(families: Any, cache: None, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = families["llama"]
+    good = random_adapter(base, tmp_path / "good")
+    first = "base_model.model.model.layers.3.mlp.up_proj.lora_"
+
+    def odd(name: str, change: Any) -> Path:
+        folder = shutil.copytree(good, tmp_path / name)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    for name, change, words in (
+        (
+            "embeddings",
+            lambda t: t.update({"base_model.model.model.embed_tokens.lora_A.weight": torch.ones(4, 9)}),
+            "no thin",
+        ),
+        ("magnitudes", lambda t: t.update({first + "magnitude_vector": torch.ones(9)}), "no thin matrix"),
+        ("rank", lambda t: t.update({first + "A.weight": torch.ones(3, 64)}), "has rank 3, adapter_config.json says 4"),
+        ("half", lambda t: t.pop(first + "B.weight"), "same matrices"),
+        ("nothing", lambda t: t.clear(), "is empty"),
+    ):
+        with pytest.raises(CourseError, match=words):
+            check_adapter(odd(name, change))
+    cut = odd("cut", lambda t: None) / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(CourseError, match="cut short"):
+        check_adapter(cut.parent)
+
+    def lower(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("layers.3", "layers.1").replace("layers.2", "layers.0")] = tensors.pop(key)
+
+    folder = odd("lower", lower)
+    check_adapter(folder)
+    with pytest.raises(CourseError, match="not the last ones"):
+        check_adapter(folder, base.folder)
+
+
+def untied(base: BaseModel, folder: Path) -> BaseModel:
+    """The same model whose output layer is a matrix of its own."""
+    shutil.copytree(base.folder, folder)
+    model = load_weights(base.folder, dtype="float32")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    model.save_pretrained(folder)
+    return base_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "untied"])
+def test_merged_tensor_by_tensor_the_model_is_pefts_own_merge(
+    kind: str, families: Any, cache: None, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    from stakelib.export import merge
+
+    base = untied(families["llama"], tmp_path / "untied") if kind == "untied" else families[kind]
+    adapter = random_adapter(base, tmp_path / "adapter")
+    merge(base, adapter, tmp_path / "merged")
+    whole = load_weights(base.folder, adapter, dtype="float32").merge_and_unload().to(torch.float16)
+    whole.save_pretrained(tmp_path / "pefts")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "pefts"))
+    assert ours.keys() == theirs.keys() and ("lm_head.weight" in ours) == (kind == "untied")
+    assert max((ours[n].float() - theirs[n].float()).abs().max().item() for n in ours) < 1e-3
+    plain = load_file(base.folder / "model.safetensors")
+    assert any((ours[n].float() - plain[n].float()).abs().max() > 0.01 for n in ours)  # the twin: it is not the base
 
 
 @needs_mlx

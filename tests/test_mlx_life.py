@@ -235,6 +235,38 @@ def test_a_process_that_dies_says_where_to_go_on(tiny: BaseModel, home: Path, mo
         train(run, LIVELY, backend="mlx")
 
 
+STRAY = """
+import os, sys
+from stakelib_marks import MARK
+os.write(1, b"[metal] 3 kernels compiled\\n\\xff\\n{}\\n[1, 2]\\n\\"text\\"\\n")
+os.write(1, (MARK + '{"begun": 0, "history": []}\\n').encode())
+os.write(1, b"no line end")
+os.write(1, (MARK + '{"step": 1, "loss": 2.5, "tokens_per_second": 9.0, "peak_gb": 1.5}\\n').encode())
+os.write(1, (MARK + '{"half\\n').encode())
+os.write(1, (MARK + '{"done": {"end": 1}}\\n').encode())
+"""
+
+
+def test_lines_that_a_library_prints_end_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C libraries write past Python to the same output as our facts, whole lines or not."""
+    from stakelib.training.keep import MARK
+
+    (tmp_path / "stakelib" / "training").mkdir(parents=True)
+    for name, text in {
+        "stakelib/__init__.py": "",
+        "stakelib/training/__init__.py": "",
+        "stakelib/training/mlx_backend.py": STRAY,
+        "stakelib_marks.py": f"MARK = {MARK!r}\n",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(mlx_run, "REPOSITORY", tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    said = mlx_run._follow(tmp_path / "job.json", steps=1)
+    assert said["done"] == {"end": 1} and said["peak_gb"] == 1.5 and said["step"] == 1
+    log = (tmp_path / "mlx.log").read_text(encoding="utf-8")
+    assert "[metal] 3 kernels compiled" in log and "[1, 2]" in log and '{"half' in log and "begun" not in log
+
+
 # ------------------------------------------------------------------------------------------------- memory
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_hub import fake_hub
+from fake_hub import COMMIT, fake_hub
 from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_models import chain_model, lively_model
@@ -406,41 +406,190 @@ def test_an_unknown_model_is_answered_with_the_list(home: Path) -> None:
     assert not (home / "cache").exists()
 
 
-def test_a_local_folder_serves_as_base_model(home: Path, tiny_cache: Path) -> None:
-    first, second = (home / place / "mine" for place in ("a", "b"))
-    shutil.copytree(tiny_cache / "models" / "tiny-gemma", first, ignore=shutil.ignore_patterns("source.json"))
-    make_tiny(second, seed=5)
-    models = [base_model(str(folder)) for folder in (first, second)]
+def listing(folder: Path) -> dict[str, str]:
+    return {f.relative_to(folder).as_posix(): sha256(f) for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture()
+def mine(home: Path, tiny_cache: Path) -> Path:
+    """Somebody's own copy of the tiny model."""
+    folder = home / "a" / "mine"
+    shutil.copytree(tiny_cache / "models" / "tiny-gemma", folder, ignore=shutil.ignore_patterns("source.json"))
+    return folder
+
+
+def test_a_local_folder_serves_as_base_model_and_stays_as_it_is(home: Path, mine: Path) -> None:
+    make_tiny(home / "b" / "mine", seed=5)
+    before = listing(home)
+    models = [base_model(str(folder)) for folder in (mine, home / "b" / "mine")]
+    assert {n: d for n, d in listing(home).items() if not n.startswith("cache/")} == before
     assert [m.short_name for m in models] == ["mine", "mine"]
-    assert models[0].folder == first.resolve() and (first / "source.json").exists()  # later stages watch this file
+    assert models[0].folder == mine and models[0].source_json.is_relative_to(home / "cache")
     assert gguf_base(models[0], "q8") != gguf_base(models[1], "q8")  # or one would be compared with the other's base
-    before = sha256(first / "source.json")
-    assert sha256(base_model(str(first)).folder / "source.json") == before
-    shutil.copyfile(second / "model.safetensors", first / "model.safetensors")
-    base_model(str(first))
-    assert (after := sha256(first / "source.json")) != before
-    kept = tiny_cache / "models" / "tiny-gemma"
-    texts = {"model.safetensors": (kept / "model.safetensors").read_bytes(), "chat_template.jinja": b"another"}
-    texts["tokenizer.json"] = (kept / "tokenizer.json").read_bytes() + b"\n"
-    for name, text in texts.items():  # others' files, older than source.json
-        (first / name).write_bytes(text)
-        os.utime(first / name, (1e9, 1e9))
-        base_model(str(first))
-        assert sha256(first / "source.json") != after, name
-        after = sha256(first / "source.json")
-    aside, template, seen = home / "aside", first / "chat_template.jinja", [after]
-    for old, new in ((template, aside), (aside, template), (template, aside)):  # away, back as it was, away
-        old.rename(new)
-        base_model(str(first))
-        seen.append(sha256(first / "source.json"))
-    assert seen[0] == seen[2] != seen[1] == seen[3]
-    after = seen[3]
-    (first / "trainer_state.json").write_text("{}", encoding="utf-8")  # no part of the model
-    os.utime(first / "model.safetensors")  # touched, the same in it
-    stamp = (first / "source.json").stat().st_mtime_ns
-    base_model(str(first))
-    assert sha256(first / "source.json") == after and (first / "source.json").stat().st_mtime_ns == stamp
-    assert not (home / "cache").exists()
+    assert find_model(f"{mine}{os.sep}").name == find_model(str(mine / ".." / "mine")).name == "mine"
+    moved = mine.rename(home / "mine")
+    assert sha256(base_model(str(moved)).source_json) == sha256(models[0].source_json)  # by its contents, not its path
+
+
+def test_a_local_folder_is_known_by_its_contents(home: Path, mine: Path) -> None:
+    make_tiny(home / "other", seed=5)
+
+    def now() -> str:
+        return sha256(base_model(str(mine)).source_json)
+
+    before = now()
+    assert now() == before
+    kept = {name: (mine / name).read_bytes() for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja")}
+    texts = {
+        "model.safetensors": (home / "other" / "model.safetensors").read_bytes(),
+        "tokenizer.json": kept["tokenizer.json"] + b"\n",
+        "chat_template.jinja": kept["chat_template.jinja"] + b"{# another #}",
+    }
+    for name, text in texts.items():  # others' files, older than all
+        (mine / name).write_bytes(text)
+        os.utime(mine / name, (1e9, 1e9))
+        assert now() != before, name
+        (mine / name).write_bytes(kept[name])
+        assert now() == before, name
+    (mine / "trainer_state.json").write_text("{}", encoding="utf-8")  # no part of the model
+    os.utime(mine / "model.safetensors")  # touched, the same in it
+    assert now() == before
+    aside = home / "aside"
+    (mine / "generation_config.json").rename(aside)
+    (mine / "tokenizer.model").rename(home / "aside.model")  # the twin: a part of the model
+    with pytest.raises(CourseError, match="tokenizer.model"):
+        now()
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    known = json.loads(file.read_text(encoding="utf-8"))
+    merged = {k: v for k, v in {**known, **values}.items() if v is not None}
+    file.write_text(json.dumps(merged), encoding="utf-8")
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil(name: str, folder: Path) -> None:
+    """Make the fault `name` in a copy of the tiny model."""
+    import torch
+
+    config, file = folder / "config.json", folder / "model.safetensors"
+    embeddings, query = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+    if name == "no tokenizer":
+        for part in ("tokenizer.json", "tokenizer.model"):
+            (folder / part).unlink()
+    elif name == "broken tokenizer":
+        (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    elif name == "no sentencepiece":
+        (folder / "tokenizer.model").unlink()
+    elif name == "no template":
+        (folder / "chat_template.jinja").unlink()
+    elif name == "odd template":
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] | upper }}", encoding="utf-8")
+    elif name == "larger tokenizer":
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["<one more>"])
+        tokenizer.save_pretrained(folder)
+    elif name == "fewer embeddings":
+        edit_weights(folder, lambda w: w.update({embeddings: w[embeddings][:-1].clone()}))
+    elif name == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif name == "no header":
+        file.write_bytes(b"\xff" * 100)
+    elif name == "empty file":
+        file.write_bytes(b"")
+    elif name == "part missing":
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {query: "model-00002-of-00002.safetensors"}}), encoding="utf-8"
+        )
+    elif name == "weight missing":
+        edit_weights(folder, lambda w: w.pop(query))
+    elif name == "other shape":
+        edit_weights(folder, lambda w: w.update({query: w[query][:-1].clone()}))
+    elif name == "not finite":
+        edit_weights(folder, lambda w: w[query].view(-1)[:1].fill_(torch.nan))
+    elif name == "infinite":
+        edit_weights(folder, lambda w: w[query].view(-1)[-1:].fill_(torch.inf))
+    elif name == "no architectures":
+        edit_json(config, architectures=None)
+    elif name == "unknown kind":
+        edit_json(config, model_type="of-my-own")
+    elif name == "no kind":
+        edit_json(config, model_type=None)
+    elif name == "own code":
+        edit_json(config, auto_map={"AutoModel": "modeling_mine.Mine"})
+    elif name == "packed":
+        edit_json(config, quantization_config={"quant_method": "gptq", "bits": 4})
+    elif name == "no json":
+        config.write_text("model_type: gemma", encoding="utf-8")
+    elif name == "list":
+        config.write_text("[]", encoding="utf-8")
+    elif name == "another family":
+        edit_json(config, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+
+
+FAULTS = {
+    "no tokenizer": "neither tokenizer.json nor tokenizer.model",
+    "broken tokenizer": "tokenizer cannot be read",
+    "no sentencepiece": "tokenizer.model is missing",
+    "no template": "no chat template",
+    "odd template": "chat template",
+    "larger tokenizer": r"\d+ tokens in the tokenizer",
+    "fewer embeddings": r"\d+ embedding rows",
+    "truncated": "model.safetensors is cut short",
+    "no header": "model.safetensors is cut short",
+    "empty file": "model.safetensors is cut short",
+    "part missing": "model-00002-of-00002.safetensors is missing",
+    "weight missing": "layers.0.self_attn.q_proj.weight is missing",
+    "other shape": r"layers.0.self_attn.q_proj.weight is \[",
+    "not finite": "q_proj.weight holds a number that is not finite",
+    "infinite": "q_proj.weight holds a number that is not finite",
+    "no architectures": "no architectures",
+    "unknown kind": "transformers cannot read it",
+    "no kind": "transformers cannot read it",
+    "own code": "code of its own",
+    "packed": "quantization_config",
+    "no json": "config.json cannot be read",
+    "list": "config.json cannot be read",
+    "another family": "weight .* is missing",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_would_stop_the_export_is_told_before_any_row(fault: str, home: Path, mine: Path) -> None:
+    assert preflight(str(mine), home).name == "mine"
+    spoil(fault, mine)
+    for start in (lambda: preflight(str(mine), home), lambda: base_model(str(mine))):
+        with pytest.raises(CourseError, match=FAULTS[fault]) as refused:
+            start()
+        assert all(str(mine) in problem for problem in refused.value.problems)
+
+
+def test_all_faults_of_a_folder_are_told_at_once(mine: Path) -> None:
+    for fault in ("no sentencepiece", "odd template", "no architectures", "other shape"):
+        spoil(fault, mine)
+    with pytest.raises(CourseError) as refused:
+        base_model(str(mine))
+    assert len(refused.value.problems) >= 4
+
+
+def test_a_folder_that_may_only_be_read_is_enough(home: Path, mine: Path) -> None:
+    for path in (*mine.iterdir(), mine):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        before = listing(mine)
+        assert preflight(str(mine), home).folder == mine
+        assert listing(mine) == before and not (mine / "source.json").exists()
+    finally:
+        mine.chmod(0o755)
+        for path in mine.iterdir():  # Windows removes no file that may only be read
+            path.chmod(0o644)
 
 
 def test_the_cache_is_used_again(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,16 +599,13 @@ def test_the_cache_is_used_again(tiny: BaseModel, monkeypatch: pytest.MonkeyPatc
     assert source["sha256"] == {"model.safetensors": sha256(tiny.folder / "model.safetensors")}
 
 
-def test_preflight_asks_for_memory_and_disk_by_size(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_asks_for_disk_by_size(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "describe", lambda folder=None: {"ram_free_gb": 5.0, "disk_free_gb": 14.0})
     assert preflight("gemma-3-270m", home).name == "gemma-3-270m"
     monkeypatch.setattr(catalog, "check_access", lambda model: None)
     with pytest.raises(CourseError) as problem:
         preflight("gemma-2b-it", home)
-    assert problem.value.problems == [
-        "memory: 5.0 GB free, 12.5 GB needed",
-        f"disk at {home}: 14.0 GB free, 31.1 GB needed",
-    ]
+    assert problem.value.problems == [f"disk at {home}: 14.0 GB free, 31.1 GB needed"]
 
 
 # ------------------------------------------------------------------------------------------------- the hub
@@ -495,7 +641,7 @@ def child(home: Path, address: str, code: str) -> str:
             403,
             r"the licence is not accepted yet \(403\)\nWhat .*open https://huggingface.co/google/gemma-2b-it with ",
         ),
-        (404, r"no such repository \(404\)\nWhat .*check the name; or"),
+        (404, r"no such repository or revision \(404\)\nWhat .*check name and revision(.*); or"),
         (503, r"no answer from the hub \(503\)\nWhat .*check the network, or copy .cache"),
         (0, r"no answer from the hub \(offline: \w+\)\nWhat .*check the network, or copy .cache"),
     ],
@@ -529,6 +675,36 @@ def test_the_hub_gives_weights_and_tokenizer_but_no_code_and_no_pickle(repositor
     fetched = {f.name: sha256(f) for f in folder.iterdir() if f.name != "source.json"}
     assert fetched == {f.name: sha256(f) for f in repository_of_a_model.iterdir() if f.read_bytes() != b"evil"}
     assert not any("evil" in a or ".bin" in a for a in asked if "/resolve/" in a)
+
+
+HUB = [name for name, model in catalog.MODELS.items() if model.source == "hub"]
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_every_model_of_the_hub_is_one_commit(name: str) -> None:
+    assert re.fullmatch("[0-9a-f]{40}", catalog.MODELS[name].revision)
+
+
+def source_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "source.json").read_text(encoding="utf-8"))
+
+
+def test_everything_is_asked_of_the_commit_that_the_list_names(repository_of_a_model: Path, home: Path) -> None:
+    with fake_hub(folder=repository_of_a_model) as (address, asked):
+        said = child(home, address, "print(base_model('smollm2-360m').folder)")
+    wanted = catalog.MODELS["smollm2-360m"].revision
+    files = [path for path in asked if "/resolve/" in path]
+    assert len(files) > 4 and all(f"/resolve/{wanted}/" in path for path in files)
+    assert source_of(Path(said.splitlines()[-1]))["revision"] == wanted
+
+
+def test_a_model_without_a_commit_in_the_list_keeps_the_first_one(repository_of_a_model: Path, home: Path) -> None:
+    loose = "from dataclasses import replace; from stakelib.models import MODELS; "
+    loose += "MODELS['smollm2-360m'] = replace(MODELS['smollm2-360m'], revision=''); "
+    with fake_hub(folder=repository_of_a_model) as (address, asked):
+        said = child(home, address, f"{loose}print(base_model('smollm2-360m').folder)")
+    assert source_of(Path(said.splitlines()[-1]))["revision"] == COMMIT
+    assert all(f"/resolve/{COMMIT}/" in path for path in asked if path.startswith("GET") and "/resolve/" in path)
 
 
 def test_a_download_that_breaks_off_leaves_nothing(repository_of_a_model: Path, home: Path) -> None:

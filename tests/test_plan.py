@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -16,7 +17,7 @@ from test_training import FAST, run_with_rows
 from stakelib import machine, plots
 from stakelib.models import MODELS, BaseModel, Rendered, config_of, load_weights
 from stakelib.run import CourseError
-from stakelib.training import RECIPES, Recipe, adapter_folder, memory, plan, train
+from stakelib.training import RECIPES, Recipe, adapter_folder, memory, plan, preflight, train
 from stakelib.training.plan import FULL, kept_bytes, need_gb, settle
 
 ROWS = [Rendered(list(range(110, 110 + n)), [0] * (n - 20) + [1] * 20) for n in (40, 60, 90)]
@@ -222,19 +223,156 @@ def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_loaded(
     assert not adapter_folder(run).exists()
 
 
+PLAN = sys.modules[settle.__module__]
+
+
+def with_packing(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """As if bitsandbytes were installed, or not: a Mac has none."""
+    monkeypatch.setattr(PLAN, "find_spec", lambda _: object() if there else None)
+
+
 def test_refusal_names_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Rendered([5] * 700, [0] * 350 + [1] * 350)]
+    with_packing(monkeypatch, True)
     with pytest.raises(CourseError, match="9 GB free") as refused:
         settle("gemma-2b-it", replace(COURSE, checkpointing="auto"), rows, 9)
     said = refused.value.next_action
     assert "gemma-2b-it with precision 'int8'" in said and "tiny" not in said
-    monkeypatch.setattr(sys.modules[settle.__module__], "find_spec", lambda _: None)  # a Mac has no bitsandbytes
+    with_packing(monkeypatch, False)
     with pytest.raises(CourseError) as refused:
         settle("gemma-2b-it", replace(COURSE, checkpointing="auto"), rows, 6)
     found = re.findall(r"(\S+) with precision '(\w+)'", refused.value.next_action)
     sizes = [MODELS[name].parameters_m for name, _ in found]
     assert len(found) > 1 and sizes == sorted(sizes, reverse=True), "the largest first"
     assert {kind for _, kind in found}.isdisjoint({"int8", "nf4"})
+
+
+# ------------------------------------------------------------------------------------------------- one truth
+
+
+@pytest.fixture()
+def i7(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A PC without bf16 and with so much free memory; the hub lets everybody in."""
+    from stakelib.models import catalog
+
+    def free(gb: float) -> None:
+        monkeypatch.setattr(machine, "describe", lambda *_: {"ram_free_gb": gb, "disk_free_gb": 99.0})
+
+    monkeypatch.setattr(machine, "precision", lambda: ("float32", "for this test"))
+    monkeypatch.setattr(catalog, "check_access", lambda model: "main")
+    with_packing(monkeypatch, True)
+    return free
+
+
+KNOWN = [name for name in MODELS if name != "tiny-gemma"]
+MEMORY_GB = (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 5.3, 6, 7, 8, 9, 10, 11, 12.4, 14, 16, 32)
+
+
+def ways_of(recipe: Recipe, kinds: tuple[str, ...]) -> list[Recipe]:
+    """Every way that a recipe leaves open."""
+    kinds = kinds if recipe.precision == "auto" else (recipe.precision,)
+    on_off = ("off", "on") if recipe.checkpointing == "auto" else (recipe.checkpointing,)
+    return [replace(recipe, precision=kind, checkpointing=c) for kind in kinds for c in on_off]
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "on", "off"])
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("place", ["PC, fp32", "PC, bf16", "PC without bitsandbytes", "Mac"])
+def test_what_fits_is_taken_and_only_that(
+    place: str, precision: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every model, memory, precision and back-end: refused where no way fits, and nowhere else."""
+    from stakelib.training.mlx_memory import mlx_memory
+
+    fast = "bfloat16" if place == "PC, bf16" else "float32"
+    with_packing(monkeypatch, place != "PC without bitsandbytes")
+    monkeypatch.setattr(machine, "precision", lambda: (fast, "for this test"))
+    monkeypatch.setattr(machine, "metal", lambda: (place == "Mac", "for this test"))
+    kinds = {"Mac": ("bfloat16", "nf4"), "PC without bitsandbytes": (fast,)}.get(place, (fast, "int8", "nf4"))
+    recipe = replace(RECIPES["course"], precision=precision, checkpointing=checkpointing)
+    formula, rows, counted = (mlx_memory if place == "Mac" else memory), [PLAN.LONGEST], {True: 0, False: 0}
+    for model in KNOWN:
+        least = min(need_gb(model, way, rows, formula) for way in ways_of(recipe, kinds))
+        for free_gb in MEMORY_GB:
+            counted[least <= free_gb] += 1
+            if least > free_gb:
+                with pytest.raises(CourseError, match=f"memory: {model}"):
+                    PLAN.settle_here(model, recipe, rows, free_gb)
+                continue
+            way, why, used = PLAN.settle_here(model, recipe, rows, free_gb)
+            assert used is formula and need_gb(model, way, rows, formula) <= free_gb and why
+            assert way in ways_of(recipe, kinds)
+    assert counted[True] > 20 < counted[False]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_table_of_notebook_00_and_the_training_agree(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PLAN, "hours", lambda *_: 1.0)
+    monkeypatch.setattr(machine, "precision", lambda: ("float32", "for this test"))
+    with_packing(monkeypatch, packing)
+    for free_gb in MEMORY_GB:
+        table = PLAN.what_fits(RECIPES["course"], [PLAN.LONGEST], free_gb, (), 1, KNOWN)
+        fits = table[table.fits & (table.precision != FULL)]
+        for model in KNOWN:
+            try:
+                taken = settle(model, RECIPES["course"], [PLAN.LONGEST], free_gb)[0].precision
+            except CourseError:
+                taken = None
+            kinds = list(fits[fits.model == model].precision)
+            assert (taken in kinds) if kinds else taken is None
+
+
+def test_a_pc_that_can_train_a_model_can_export_it_and_ask_it(i7: Any) -> None:
+    """So the table, which speaks of training, says no less than `preflight`."""
+    for model in KNOWN:
+        nf4 = replace(RECIPES["course"], precision="nf4", checkpointing="on")
+        assert max(PLAN.use_gb(config_of(model)).values()) <= need_gb(model, nf4, [PLAN.LONGEST])
+
+
+def test_the_need_of_an_export_is_what_was_measured(repository: Path) -> None:
+    record = json.loads((repository / "benchmarks" / "records" / "export.json").read_text(encoding="utf-8"))
+    for line in record:
+        measured = max(step["peak_gb"] for step in line["steps"].values())
+        said = PLAN.use_gb(config_of(line["shape"]))["export"] - PLAN.PROGRAM_GB[4]
+        assert said == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "precision"), [(16.0, "float32"), (11.0, "int8"), (8.0, "int8"), (6.0, "nf4"), (5.0, "")]
+)
+def test_preflight_takes_the_precision_that_fits(
+    free_gb: float, precision: str, i7: Any, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    i7(free_gb)
+    if precision:
+        assert preflight("gemma-2b-it", home).name == "gemma-2b-it"
+        assert f"trains in {precision}" in capsys.readouterr().out
+    else:
+        with pytest.raises(CourseError, match=r"gemma-2b-it in nf4(.|\n)*5\.4 GB needed, 5\.0 GB free"):
+            preflight("gemma-2b-it", home)
+
+
+def test_preflight_counts_what_comes_after_the_training(i7: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac the graphics cores' share may be there while the converter has no room."""
+    monkeypatch.setattr(machine, "metal", lambda: (True, "for this test"))
+    monkeypatch.setattr(sys.modules["stakelib.training.mlx_memory"], "limit_gb", lambda: (5.3, "for this test"))
+    i7(4.5)
+    assert preflight("gemma-2b-it", home).name == "gemma-2b-it"
+    i7(2.0)
+    with pytest.raises(CourseError) as refused:
+        preflight("gemma-2b-it", home)
+    assert [p.split()[1] for p in refused.value.problems] == ["export", "answering"]
+
+
+@pytest.mark.parametrize(("free_gb", "wanted"), [(64.0, 8), (7.0, 8), (4.5, 3), (1.0, 1)])
+def test_so_many_prompts_are_answered_at_once_as_memory_bears(free_gb: float, wanted: int, i7: Any) -> None:
+    from stakelib.models.answering_memory import answering_gb, prompts_at_once
+
+    i7(free_gb)
+    config, file_gb = config_of("gemma-2-2b-it"), 2.6
+    assert prompts_at_once(config, file_gb, 4096) == wanted
+    assert free_gb < 3.5 or answering_gb(config, file_gb, 4096, wanted) <= free_gb
+    assert answering_gb(config, 0, 4096, 8) - answering_gb(config, 0, 4096, 0) == pytest.approx(3.25)  # keys and values
 
 
 def test_auto_keeps_checkpointing_off_where_the_run_fits() -> None:

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -465,15 +466,73 @@ def test_checkpoints_of_other_rows_or_settings_are_not_continued(
         return step_end(self, args, state, control, **more)
 
     run = run_with_rows(home / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(peft_backend.Watch, "on_step_end", stop)
-        train(run, FAST)
-    assert "interrupted; started again, it goes on from its last checkpoint" in capsys.readouterr().out
-    assert train(run, replace(FAST, seed=3))["resumed_at"] == 0
-    write_rows(run, "train", some_rows(15))
-    assert train(run, FAST)["resumed_at"] == 0
+        with pytest.raises(KeyboardInterrupt):
+            train(run, FAST)
+        assert "interrupted; started again, it goes on from its last checkpoint" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            train(run, replace(FAST, seed=3))
+        write_rows(run, "train", some_rows(15))
+        with pytest.raises(KeyboardInterrupt):
+            train(run, FAST)
+    assert "going on from" not in capsys.readouterr().out
     write_rows(run, "train", some_rows(16))
     assert train(run, FAST)["resumed_at"] == 4  # the twin: back to the same rows and settings
+
+
+def test_a_finished_training_removes_the_checkpoints_of_settings_that_were_given_up(
+    tiny: BaseModel, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with_rows(home / "run")
+    given_up, trial = "checkpoints-0123456789ab", "checkpoints-trial-fast-4-0123456789ab"
+    for name in (given_up, trial, "checkpoints-of-mine"):
+        run.path("training", name, "checkpoint-3", "optimizer.pt").write_bytes(b"x" * 1000)
+
+    def there() -> list[str]:
+        return sorted(p.name for p in (run.folder / "training").glob("checkpoints-*"))
+
+    train(run, FAST)
+    assert there() == ["checkpoints-of-mine", trial]  # a trial has a lock of its own: it may be running
+    assert "removed checkpoints of 1 earlier settings" in capsys.readouterr().out
+    run.path("training", given_up, "checkpoint-3", "optimizer.pt").write_bytes(b"x")
+    train(run, FAST)  # nothing was trained now: the other settings may be what a person is at
+    assert given_up in there() and "removed" not in capsys.readouterr().out
+    train(run, FAST, rows=4)
+    assert there() == [given_up, "checkpoints-of-mine"]
+
+
+def test_a_run_goes_on_where_the_folder_of_its_base_lies_elsewhere(
+    tiny: BaseModel, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stakelib.models import preflight
+
+    for place in ("a", "b", "c"):
+        shutil.copytree(tiny.folder, home / place / "mine", ignore=shutil.ignore_patterns("source.json"))
+    weights = home / "c" / "mine" / "model.safetensors"
+    with weights.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x3c")
+    run = Run.open(home / "run", "smoke", str(home / "a" / "mine"))
+    write_rows(run, "train", some_rows(4))
+    write_rows(run, "valid", some_rows(2))
+    first = train(run, FAST)
+    shutil.rmtree(home / "a")  # and the cache may be another computer's
+    for model in (home / "b" / "mine", f"{home / 'b' / 'mine'}{os.sep}", home / "b" / ".." / "b" / "mine"):
+        capsys.readouterr()
+        again = Run.open(home / "run", "smoke", str(model))
+        assert preflight(str(model), again.folder).name == "mine"
+        assert train(again, FAST) == first
+        assert "up to date" in capsys.readouterr().out
+    other = Run.open(home / "run", "smoke", str(home / "c" / "mine"))
+    for start in (lambda: train(other, FAST), lambda: preflight(str(home / "c" / "mine"), other.folder)):
+        with pytest.raises(CourseError, match="holds another model than"):
+            start()
+    renamed = (home / "b" / "mine").rename(home / "b" / "yours")  # the run's files carry the name
+    with pytest.raises(CourseError, match="run.json: model is '.*mine', you asked for '.*yours'"):
+        Run.open(home / "run", "smoke", str(renamed))
+    with pytest.raises(CourseError, match="model is"):
+        Run.open(home / "run", "smoke", "tiny-gemma")
 
 
 def test_rows_come_in_an_order_fixed_by_the_seed() -> None:

@@ -111,4 +111,4 @@ def prepare(
             "reviewed": reviewed,
         }
 
-    return run.stage("data", settings, [base.folder / "source.json", *edits], outputs, work)
+    return run.stage("data", settings, [base.source_json, *edits], outputs, work)

@@ -251,4 +251,4 @@ def ask_guide_prompts(run: Run, kind: str = "transformers") -> list[dict[str, st
 
     settings = {"prompts": prompts, "max_new_tokens": run.profile.max_new_tokens}
     name = "guide-prompts" if kind == "transformers" else f"guide-prompts-{kind}"
-    return run.stage(name, settings, [adapter, base.folder / "source.json"], [], work)["asked"]
+    return run.stage(name, settings, [adapter, base.source_json], [], work)["asked"]

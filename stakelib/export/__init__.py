@@ -58,7 +58,7 @@ def export(run: Run, adapter: Path) -> dict[str, Any]:
         modelfile(load_tokenizer(base.folder), files["q8"], target)
         return {"bytes": {q: f.stat().st_size for q, f in files.items()}}
 
-    source = base.folder / "source.json"
+    source = base.source_json
     run.stage("export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work)
     return {"k_quants": k_quants(run), "bytes": {q: f.stat().st_size for q, f in gguf_files(run).items()}}
 

@@ -93,7 +93,7 @@ def page(run: Run, scenarios: Sequence[Scenario], variant: str = "pragmatic") ->
         return {"scenarios": len(asked), "files": about["files"]}
 
     settings = {"texts": texts, "wllama": WLLAMA, "variant": variant, "scenarios": [s.model_dump() for s in scenarios]}
-    run.stage("page", settings, [gguf, base.folder / "source.json"], [target], work)
+    run.stage("page", settings, [gguf, base.source_json], [target], work)
     return target
 
 

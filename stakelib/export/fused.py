@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stakelib import machine
-from stakelib.export.merged import TOKENIZER_FILES, check_folder, no_tokenizer
+from stakelib.export.merged import check_folder, copy_texts
 from stakelib.models import BaseModel
 from stakelib.models.adapters import check_adapter
+from stakelib.models.base_folder import no_tokenizer
 from stakelib.models.mlx_models import BITS, mlx_folder
 from stakelib.run import CourseError, atomic_write_json, writing
 
@@ -47,8 +47,6 @@ def fuse(base: BaseModel, adapter: Path, folder: Path) -> None:
     check_adapter(adapter / "mlx", base.folder)
     if without := no_tokenizer(base.folder):
         raise CourseError(f"{base.folder.name}: {without}", "copy it from the model's page into this folder")
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
     with writing(folder) as part:
         part.mkdir(parents=True)
         tensors, places = _whole(base, adapter), {}
@@ -57,10 +55,7 @@ def fuse(base: BaseModel, adapter: Path, folder: Path) -> None:
             mx.save_safetensors(str(part / file), shard, {"format": "pt"})
             places |= dict.fromkeys(shard, file)
         atomic_write_json(part / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
-        atomic_write_json(part / "config.json", config | {"dtype": "float16"})
-        for name in TOKENIZER_FILES:
-            if (base.folder / name).exists():
-                shutil.copyfile(base.folder / name, part / name)
+        copy_texts(base, part)
         check_folder(part, base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,16 +12,28 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stakelib.machine import metal, require
-from stakelib.models.adapters import packed_by_mlx
+from stakelib.machine import require
+from stakelib.models.adapters import shapes
+from stakelib.models.base_folder import check_base_folder
 from stakelib.models.engines import load_config, quiet
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
-from stakelib.run import REPOSITORY, CourseError, Progress, as_folder, atomic_write_json, sha256, sweep, writing
+from stakelib.run import (
+    REPOSITORY,
+    CourseError,
+    Progress,
+    as_folder,
+    atomic_write_json,
+    atomic_write_text,
+    sha256,
+    sweep,
+    writing,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,9 @@ class BaseModel:
     gguf: str = ""  # file inside the package(s), joined if it comes in parts
     gguf_sha256: str = ""
     download_mb: int = 0
+    revision: str = ""  # the commit on the hub; "" takes the one that is newest at the first fetch, and records it
     folder: Path = field(default=Path(), compare=False)  # set once it is on disk
+    source_json: Path = field(default=Path(), compare=False)  # says what lies in `folder`; later stages watch it
 
     @property
     def short_name(self) -> str:
@@ -62,10 +77,9 @@ def find_model(name: str) -> BaseModel:
     """The model called `name`, or a local folder with safetensors. Raises CourseError for anything else."""
     if name in MODELS:
         return MODELS[name]
-    folder = Path(name)
+    folder = Path(os.path.abspath(Path(name).expanduser()))  # "mine/", "." and "~/mine" have a last name too
     if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-        size_m = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2e6
-        return BaseModel(folder.name, "folder", folder.name, round(size_m), "see the folder", folder=folder.resolve())
+        return BaseModel(folder.name, "folder", folder.name, _millions(folder), "see the folder", folder=folder)
     raise CourseError(
         f"model '{name}' is unknown, and no folder with config.json and *.safetensors has that name",
         f"choose one of: {', '.join(MODELS)}, or give the path of a folder",
@@ -73,22 +87,64 @@ def find_model(name: str) -> BaseModel:
 
 
 def base_model(name: str) -> BaseModel:
-    """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network."""
+    """The model with its `folder` on disk; fetched or made once, then taken from the cache without a network.
+
+    Nothing is written into somebody's own folder. Raises CourseError listing all that would stop a run with it.
+    """
     model = find_model(name)
     if model.source == "folder":
-        if packed := packed_by_mlx(model.folder):
-            raise CourseError(f"{model.folder.name}: {packed}", "give the folder it was made from with --model")
-        stats = [(f.name, f.stat()) for f in _files(model.folder)]
-        _look_again(model, model.folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
-        return model
+        return replace(model, source_json=_local_source(model))
     folder = cache_folder() / "models" / model.name
     if not (folder / "source.json").exists():
         sweep(folder.parent)
         with writing(folder) as part:
             part.mkdir(parents=True)
-            {"made here": _make, "package": _from_package, "hub": _from_hub}[model.source](model, part)
-            _describe(model, part)
-    return replace(model, folder=folder)
+            more = {"made here": _make, "package": _from_package, "hub": _from_hub}[model.source](model, part)
+            digests = {f.name: sha256(f) for f in sorted(part.glob("*.safetensors"))}
+            made = {"model": model.name, "origin": model.origin, **(more or {}), "sha256": digests}
+            atomic_write_json(part / "source.json", made)
+    return replace(model, folder=folder, source_json=folder / "source.json")
+
+
+def _millions(folder: Path) -> float:
+    """Million parameters of a folder, by the headers of its weights; of damaged ones by the size of the files."""
+    try:
+        return round(sum(prod(size) for size in shapes(folder).values()) / 1e6, 1)
+    except Exception:  # safetensors has errors of its own; `check_base_folder` tells them
+        return round(sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2e6, 1)
+
+
+def _local_source(model: BaseModel) -> Path:
+    """source.json of somebody's own folder, kept in the cache by its contents; new contents are checked whole first."""
+    stats = [(f.name, f.stat()) for f in _files(model.folder)]
+    text = _contents(model, model.folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
+    file = cache_folder() / "folders" / hashlib.sha256(text.encode()).hexdigest()[:16] / "source.json"
+    if not file.exists():
+        check_base_folder(model.folder)
+        atomic_write_text(file, text)
+    return file
+
+
+@lru_cache(maxsize=8)
+def _contents(model: BaseModel, folder: Path, seen: tuple[tuple[str, int, int], ...]) -> str:
+    """What lies in `folder`, as JSON; read once in each process, and again whenever `seen` changes."""
+    made = {"model": model.name, "origin": model.origin, "sha256": {f.name: sha256(f) for f in _files(folder)}}
+    return json.dumps(made, ensure_ascii=False, indent=2) + "\n"
+
+
+def check_same_base(record: dict[str, Any], model: BaseModel, name: str) -> None:
+    """Raise CourseError if a run's record tells of another model than `model`, which is asked for by `name` today.
+
+    Where a local folder lies may change, its contents may not: no stage of the run may know others.
+    """
+    kept = record["profile"]["model"]
+    stages = record["stages"].values()
+    known = {stage["inputs"]["source.json"] for stage in stages if "source.json" in stage.get("inputs", {})}
+    if name != kept and known and sha256(model.source_json) not in known:
+        raise CourseError(
+            f"{model.folder} holds another model than {kept}, which this run was made of",
+            "give the folder that the run was made of, or choose another run folder with --out",
+        )
 
 
 def config_of(name: str) -> Any:
@@ -107,45 +163,41 @@ def config_of(name: str) -> Any:
 
 def _files(folder: Path) -> list[Path]:
     """What makes the model in somebody's own folder: weights, config, tokenizer and chat template."""
-    kinds = ("*.safetensors", "config.json", "token*", "*token*.json", "vocab.*", "merges.txt", "*.model", "chat_temp*")
+    kinds = (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "config.json",
+        "token*",
+        "*token*.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "chat_temp*",
+    )
     return sorted({f for kind in kinds for f in folder.glob(kind) if f.is_file() and f.name[0] != "."})
-
-
-@lru_cache(maxsize=1)
-def _look_again(model: BaseModel, folder: Path, seen: tuple[tuple[str, int, int], ...]) -> None:
-    """Once in each process, and whenever `seen` changes: only the contents tell whether the files are the same."""
-    _describe(model, folder)
-
-
-def _describe(model: BaseModel, folder: Path) -> None:
-    """source.json: what lies in `folder`; later stages are made again when it changes."""
-    own = _files(folder) if model.source == "folder" else sorted(folder.glob("*.safetensors"))
-    made = {"model": model.name, "origin": model.origin, "sha256": {f.name: sha256(f) for f in own}}
-    source = folder / "source.json"
-    if not source.exists() or json.loads(source.read_text(encoding="utf-8")) != made:  # the folder may be read-only
-        atomic_write_json(source, made)
 
 
 def gguf_base(model: BaseModel, quantisation: str) -> Path:
     """Where the untouched base lies as GGUF, for a fair comparison at the same quantisation."""
-    own = f"-{sha256(model.folder / 'source.json')[:8]}" if model.source == "folder" else ""  # two may share a name
+    own = f"-{sha256(model.source_json)[:8]}" if model.source == "folder" else ""  # two may share a name
     return cache_folder() / "gguf" / f"{model.name}{own}-{quantisation}.gguf"
 
 
 def preflight(name: str, folder: Path) -> BaseModel:
-    """Before anything else: is the model known, allowed, and does the run fit this machine?
+    """Before anything else: is the model known, allowed and whole, and is there room on the disk for its files?
 
-    Memory: weights in float32 for the merge, plus 2.5 GB for training and Python; on a Mac, where MLX trains on packed
-    weights and merges tensor by tensor, 0.6 bytes a parameter. Disk: base, merged folder and three
-    GGUFs are about 12 bytes per parameter. Raises CourseError listing what is missing.
+    About 12 bytes a parameter: base, merged folder and three GGUFs. Somebody's own folder is checked whole. Memory is
+    `stakelib.training.preflight`'s matter. Raises CourseError listing what is missing.
     """
     model = find_model(name)
     cached = (cache_folder() / "models" / model.name / "source.json").exists()
     if model.source == "hub" and not cached:
         check_access(model)
-    gb = model.parameters_m / 1000
-    size = 0.6 if metal()[0] else 4
-    require(ram_gb=round(size * gb + 2.5, 1), disk_gb=round(12 * gb + 1, 1), folder=folder)
+    if model.source == "folder":
+        model = base_model(name)
+        if (file := folder / "run.json").exists():
+            check_same_base(json.loads(file.read_text(encoding="utf-8")), model, name)
+    require(ram_gb=0, disk_gb=round(12 * model.parameters_m / 1000 + 1, 1), folder=folder)
     return model
 
 
@@ -203,31 +255,35 @@ def _unpack(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _from_hub(model: BaseModel, folder: Path) -> None:
-    """Fetch safetensors and tokenizer files (never pickles or code) from the Hugging Face hub."""
+def _from_hub(model: BaseModel, folder: Path) -> dict[str, str]:
+    """Fetch safetensors and tokenizer files (never pickles or code) from the Hugging Face hub; returns the commit."""
     from huggingface_hub import snapshot_download
 
-    check_access(model)
+    commit = check_access(model)
     print(f"{model.name}: downloading about {model.download_mb} MB once from the Hugging Face hub", flush=True)
     files = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
     try:
-        snapshot_download(model.origin, allow_patterns=files, local_dir=folder)
+        snapshot_download(model.origin, revision=commit, allow_patterns=files, local_dir=folder)
     except Exception as problem:  # the HTTP library's own classes changed before
         reason = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
         raise CourseError(
             [f"{model.origin}: the download broke off", reason], "check network and disk, run the same command again"
         ) from problem
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return {"revision": commit}
 
 
-def check_access(model: BaseModel) -> None:
-    """Ask the hub for one small file, before anything else. CourseError tells 401, 403 and offline apart."""
+def check_access(model: BaseModel) -> str:
+    """Ask the hub for one small file, before anything else; returns the commit to fetch.
+
+    CourseError tells 401, 403 and offline apart.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     page = f"https://huggingface.co/{model.origin}"
     try:
-        get_hf_file_metadata(hf_hub_url(model.origin, "config.json"))
-        return
+        told = get_hf_file_metadata(hf_hub_url(model.origin, "config.json", revision=model.revision or None))
+        return model.revision or told.commit_hash or "main"
     except Exception as problem:  # a refused connection is no OSError in every HTTP library that the hub's client used
         response = getattr(problem, "response", None)
         status = response.status_code if response is not None else f"offline: {type(problem).__name__}"
@@ -236,6 +292,6 @@ def check_access(model: BaseModel) -> None:
     reason, action = {
         401: ("no valid token (401)", token),
         403: ("the licence is not accepted yet (403)", terms),
-        404: ("no such repository (404)", "check the name"),
+        404: ("no such repository or revision (404)", "check name and revision in stakelib/models/models.yaml"),
     }.get(status, (f"no answer from the hub ({status})", "check the network, or copy .cache from another computer"))
     raise CourseError(f"{model.origin}: {reason}", f"{action}; or use an open model: --model smollm2-135m")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from stakelib.models.answering_memory import prompts_at_once
 from stakelib.models.chat import render, stop_ids, template
 from stakelib.models.gguf_weights import architecture, load_gemma
 from stakelib.run import CourseError
@@ -55,7 +56,8 @@ def engine(
 
         return Mlx(path, tokenizer, adapter, adapters)
     if kind == "llama.cpp":
-        return LlamaCpp(path, tokenizer, context=context, adapters=adapters)
+        at_once = prompts_at_once(load_config(tokenizer), Path(path).stat().st_size / 2**30, context)
+        return LlamaCpp(path, tokenizer, at_once, context, adapters)
     return Transformers(path, tokenizer, adapter, adapters)
 
 

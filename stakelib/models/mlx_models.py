@@ -24,7 +24,7 @@ def mlx_folder(base: BaseModel, precision: str) -> Path:
 
     `precision`: "float32", "bfloat16", "int8" or "nf4" (8 or 4 bits; embeddings too, the rest in bfloat16).
     """
-    own = f"{base.name}-{sha256(base.folder / 'source.json')[:8]}-{precision}"
+    own = f"{base.name}-{sha256(base.source_json)[:8]}-{precision}"
     folder = cache_folder() / "mlx" / own
     if folder.exists():
         return folder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ from typing import Any
 from jinja2 import StrictUndefined, Template
 
 from stakelib import machine
-from stakelib.models import BaseModel, base_model, load_config, load_tokenizer
+from stakelib.models import BaseModel, base_model, check_same_base, load_config, load_tokenizer
 from stakelib.models.adapters import PEFT_FILES, check_adapter, shapes, to_mlx
-from stakelib.run import CourseError, Run, atomic_write_text, is_main, sha256, versions, writing
+from stakelib.run import CourseError, Run, atomic_write_text, discard, is_main, sha256, size, versions, writing
 from stakelib.training import keep
 from stakelib.training.mlx_memory import limit_gb, mlx_memory, settle_mlx
 from stakelib.training.mlx_run import mlx_place, train_mlx
-from stakelib.training.plan import Plan, memory, plan, settle, what_fits
+from stakelib.training.plan import Plan, memory, plan, preflight, settle, what_fits
 from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters
 from stakelib.training.rows import checked_rows, load_rows, render_rows
 
@@ -34,6 +36,7 @@ __all__ = [
     "mlx_memory",
     "mlx_place",
     "plan",
+    "preflight",
     "render_rows",
     "train",
     "what_fits",
@@ -67,7 +70,7 @@ def train(
     name = f"trial-{recipe.name}-{rows}" if rows else "train"
     folder = run.path("training", "trials", name) if rows else adapter_folder(run)
     files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
-    inputs = [*files, base.folder / "source.json", *([start] if start else ())]
+    inputs = [*files, base.source_json, *([start] if start else ())]
     settings = {"recipe": recipe.settings(), "epochs": epochs, "rows": rows, "backend": backend}
     if backend == "auto":  # this machine's own, unless another machine has finished this very training with the other
         own = "mlx" if machine.metal()[0] else "peft"
@@ -75,7 +78,7 @@ def train(
         settings["backend"] = backend = next(made, own)
 
     def checkpoints() -> Path:
-        return run.path("training", f"checkpoints-{_key(settings, inputs)}")
+        return run.path("training", f"{_prefix(name)}{_key(settings, inputs)}")
 
     def work() -> dict[str, Any]:
         if start:
@@ -97,7 +100,7 @@ def train(
                 way, why = settle(run.profile.model, recipe, data, here["ram_free_gb"])
             return [way.precision, way.checkpointing, why]
 
-        precision, checkpointing, why = keep.as_begun(checkpoints(), folder.name, decide)
+        precision, checkpointing, why = keep.as_begun(checkpoints(), decide)
         print(f"training: {len(train_rows)} rows, {precision} weights: {why}", flush=True)
         settled = replace(recipe, precision=precision, checkpointing=checkpointing)
         if backend == "mlx":
@@ -113,13 +116,36 @@ def train(
             with writing(folder) as part:
                 save(part)
                 _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
+        trained.append(name)
         return result
 
+    trained: list[str] = []
+    check_same_base(run.record, base, run.profile.model)
     with keep.alone(run.path("training", f"{folder.name}.lock")):
         result = run.stage(name, settings, inputs, [folder], work)
-        if is_main():  # only now: the record says that the adapter is there
-            keep.sweep_checkpoints(checkpoints(), folder.name)
+        if is_main() and checkpoints().exists():  # only now: the record says that the adapter is there
+            discard(checkpoints())
+        if is_main() and trained:
+            _sweep_abandoned(run.path("training"), name)
     return result
+
+
+def _prefix(name: str) -> str:
+    """How the checkpoint folders of a training begin; only the holder of its lock writes such folders."""
+    return "checkpoints-" if name == "train" else f"checkpoints-{name}-"
+
+
+def _sweep_abandoned(place: Path, name: str) -> None:
+    """Remove the checkpoints of the same training with other settings, rows or base, which nobody goes on with."""
+    old = [p for p in place.glob("checkpoints-*") if re.fullmatch(re.escape(_prefix(name)) + "[0-9a-f]{12}", p.name)]
+    gb = sum(size(folder) for folder in old) / 1e9
+    for folder in old:
+        with contextlib.suppress(OSError):  # Windows: another program looks into it; the next training removes it
+            discard(folder)
+    if old:
+        print(
+            f"training: removed checkpoints of {len(old)} earlier settings that were given up ({gb:.1f} GB)", flush=True
+        )
 
 
 def _key(settings: dict[str, Any], files: list[Path]) -> str:

@@ -9,18 +9,17 @@ from dataclasses import replace
 
 from stakelib.models import base_model
 from stakelib.run import CourseError, Run, is_main
-from stakelib.training import RECIPES, train
+from stakelib.training import RECIPES, preflight, train
 
 
 def main() -> int:
     """Train the run that the arguments name; notebook 01 must have made its rows. Returns the exit code."""
-    from stakelib.training.keep import processes
-
     parser = argparse.ArgumentParser(prog="python -m stakelib.training", description=__doc__)
     parser.add_argument("--profile", help="smoke, quick, report or full")
     parser.add_argument("--model", help="another base model")
     parser.add_argument("--out", help="another run folder")
     parser.add_argument("--recipe", default="course", choices=RECIPES)
+    parser.add_argument("--check", action="store_true", help="train nothing: say whether the run fits this computer")
     parser.add_argument("--rows-per-step", type=int, help="rows per optimiser step, shared by the processes")
     options = parser.parse_args()
     recipe = RECIPES[options.recipe]
@@ -30,6 +29,11 @@ def main() -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         run = Run.open(options.out, options.profile, options.model)
+        if options.check:
+            preflight(run.profile.model, run.folder, recipe)
+            return 0
+        from stakelib.training.keep import processes
+
         with processes().main_process_first():  # fetches or makes the model; the others find it in the cache
             base_model(run.profile.model)
         result = train(run, recipe)

@@ -15,7 +15,7 @@ from stakelib.models import Rendered
 from stakelib.run import CourseError, atomic_write_json, discard, hold, is_main, sha256
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
-BEGUN = "begun.json"  # in a folder of checkpoints: whose they are, and what was decided when they were begun
+MARK = "\x1e"  # begins each fact that the MLX process tells: the record separator of JSON text sequences (RFC 7464)
 RISE = 2.0  # nats per token above the best so far: the right token is e^2 = 7 times less likely than it was
 
 
@@ -85,34 +85,24 @@ def prune(folder: Path, best: int | None) -> None:
             discard(old)
 
 
-def as_begun(checkpoints: Path, adapter: str, decide: Callable[[], list[str]]) -> list[str]:
+def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
     """What `decide` says, or said on this computer when these checkpoints were begun; the same in all processes.
 
-    Measured again while the computer is busy, it could come out otherwise. `adapter`: whose checkpoints they are.
+    Measured again while the computer is busy, it could come out otherwise.
     """
-    file, here, chosen = checkpoints / BEGUN, machine.describe()["processor"], None
+    file, here, chosen = checkpoints / "begun.json", machine.describe()["processor"], None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         begun = json.loads(file.read_text(encoding="utf-8"))
         chosen = begun["chosen"] if begun["processor"] == here else None
     chosen = chosen or decide()
     if is_main():
-        atomic_write_json(file, {"adapter": adapter, "processor": here, "chosen": chosen})
+        atomic_write_json(file, {"processor": here, "chosen": chosen})
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return chosen
     from accelerate.utils import broadcast_object_list
 
     processes()  # they must know of each other first
     return broadcast_object_list([chosen])[0]
-
-
-def sweep_checkpoints(finished: Path, adapter: str) -> None:
-    """Remove the checkpoints of a finished training, and those of `adapter` whose settings were changed before."""
-    for checkpoints in finished.parent.glob("checkpoints-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((checkpoints / BEGUN).read_text(encoding="utf-8"))["adapter"] == adapter:
-                discard(checkpoints)
-                if checkpoints != finished:
-                    print(f"training: removed {checkpoints.name}, of earlier settings that never ended", flush=True)
 
 
 @contextlib.contextmanager

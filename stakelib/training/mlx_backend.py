@@ -1,6 +1,7 @@
 """LoRA with MLX, on mlx-lm's own trainer: our rows, our loss, our checkpoints. Runs in a process of its own.
 
-`python -m stakelib.training.mlx_backend job.json` trains and prints one JSON object per line; see `mlx_run`.
+`python -m stakelib.training.mlx_backend job.json` trains and prints facts as JSON, one a line behind `keep.MARK`: what
+libraries print is none; see `mlx_run`.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def work(job: dict[str, Any], say: Callable[..., None]) -> None:
 
 
 def main() -> int:
-    """Answer in JSON lines on the real output; what libraries print goes to the log."""
+    """Tell facts on the real output; what Python libraries print goes to the log."""
     say = partial(_say, sys.stdout)
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -256,7 +257,7 @@ def main() -> int:
 
 
 def _say(out: Any, **facts: Any) -> None:
-    print(json.dumps(facts), file=out, flush=True)  # a parent that died closed the pipe: we end here too
+    print(keep.MARK + json.dumps(facts), file=out, flush=True)  # a parent that died closed the pipe: we end here too
 
 
 if __name__ == "__main__":

@@ -57,15 +57,18 @@ def settle_mlx(name: str, config: Any, recipe: Recipe, data: Rows, limit: tuple[
     allowed_gb, whose = limit
     tokens, learned = max(len(r.ids) for r in data), max(sum(r.mask) for r in data)
     whole = "bfloat16" if machine.metal()[0] else "float32"
-    ways = [(whole, "off", 0.5), (whole, "on", 0.5), ("nf4", "on", 1.0)]
+    ways = [(whole, "off", 0.5), (whole, "on", 0.5), ("nf4", "on", 1.0), ("nf4", "off", 1.0), (whole, "off", 1.0)]
     if recipe.precision != "auto":
         ways = [(recipe.precision, c, 1.0) for c in ("off", "on")]
+    tried = []
     for kind, checkpointing, share in ways:
         if recipe.checkpointing in ("auto", checkpointing):
             way = replace(recipe, precision=kind, checkpointing=checkpointing)
             parts = mlx_memory(config, way, tokens, learned)
             if sum(parts.values()) <= share * allowed_gb:
                 return way, f"{told(parts)}, of {allowed_gb:.1f} GB: {whose}"
+            tried.append((way, parts))
+    way, parts = min(tried, key=lambda pair: sum(pair[1].values()))
     raise CourseError(
         f"memory: {name} in {way.precision}, checkpointing {way.checkpointing}: {told(parts)}, but {allowed_gb:.1f} GB "
         f"is all: {whose}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -20,7 +21,7 @@ from stakelib.models import BaseModel, Rendered, load_config
 from stakelib.models.adapters import to_peft
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import REPOSITORY, CourseError, Progress, Run, atomic_write_json, atomic_write_text
-from stakelib.training.keep import outcome, row_order, show_losses
+from stakelib.training.keep import MARK, outcome, row_order, show_losses
 from stakelib.training.recipe import Recipe, rate_for
 from stakelib.training.rows import load_rows
 
@@ -123,16 +124,28 @@ def train_mlx(
     return partial(to_peft, best), result | {"mlx_peak_gb": round(said.get("peak_gb", 0.0), 2)}
 
 
+def _fact(line: str) -> dict[str, Any] | None:
+    """What the trainer tells in this line of its output, if it does."""
+    with contextlib.suppress(ValueError):
+        fact = json.loads(line.rpartition(MARK)[2]) if MARK in line else None
+        return fact if isinstance(fact, dict) else None
+    return None
+
+
 def _follow(job: Path, steps: int) -> dict[str, Any]:
     """Run the trainer on `job` until it ends; everything it said, the last word on each matter. It dies with us."""
     progress, dog, said, history = Progress("training", steps, "steps", every=15), Watchdog(swap_gb()), {}, []
     picture, log = None, job.with_name("mlx.log")
     command = [sys.executable, "-m", "stakelib.training.mlx_backend", str(job.resolve())]
     with log.open("w", encoding="utf-8") as errors, progress.heartbeat():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", cwd=REPOSITORY)
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "encoding": "utf-8", "errors": "replace"}
+        process = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
         try:
             for line in process.stdout:
-                fact = json.loads(line)
+                if (fact := _fact(line)) is None:  # a library's own word, past Python
+                    errors.write(line)
+                    errors.flush()
+                    continue
                 said |= fact
                 if "begun" in fact:
                     history = fact["history"]

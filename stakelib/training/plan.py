@@ -14,15 +14,21 @@ from time import perf_counter
 from typing import Any
 
 from stakelib import machine as computer
-from stakelib.models import MODELS, Rendered, config_of, find_model
+from stakelib.models import MODELS, BaseModel, Rendered, config_of, find_model
+from stakelib.models import preflight as check_model
+from stakelib.models.answering_memory import answering_gb
 from stakelib.run import CourseError, clock
-from stakelib.training.recipe import Recipe, adapter_parameters, layer_numbers, matrices
+from stakelib.training.recipe import RECIPES, Recipe, adapter_parameters, layer_numbers, matrices
 
 FULL = "full"  # the guide's second option, every weight learned in float32: planned for, never run here
 PACKED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # a number; nf4 has a float32 scale for every 64
 # Python, torch, transformers, peft, the matrix library's own room, by bytes a number (measured)
 PROGRAM_GB = {2: 0.45, 4: 0.55}
 HOLES = 1.3  # the allocator's room over what is kept for the way back (measured: four models, 320 to 960 tokens)
+CONVERTER_GB = 0.3  # the converter's own program, without tensors (measured: two models)
+LONGEST = Rendered(
+    [0] * 862, [0] * 526 + [1] * 336
+)  # the longest of the rows that notebook 01 makes (SmolLM2's tokens)
 NIGHT_H = 10.0
 UNTIMED = "here; how long it takes, training says within its first minute"  # with Metal: the probe is not MLX's
 Rows = Sequence[Rendered]
@@ -96,28 +102,37 @@ def _longest(data: Rows) -> tuple[int, int]:
 
 
 def settle(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple[Recipe, str]:
-    """The recipe with precision and checkpointing decided, and why. Raises CourseError if it cannot fit `free_gb`."""
-    precision, why = computer.precision() if recipe.precision == "auto" else (recipe.precision, "chosen in the recipe")
-    ways = ("off", "on") if recipe.checkpointing == "auto" else (recipe.checkpointing,)
-    for way in (replace(recipe, precision=precision, checkpointing=c) for c in ways):
-        if (needed_gb := need_gb(model, way, data)) <= free_gb:
-            return way, why
+    """The recipe with precision and checkpointing decided, and why. Raises CourseError if it cannot fit `free_gb`.
+
+    "auto" takes the format that this machine multiplies fast; where that does not fit, int8, and then nf4.
+    """
+    fast, why = computer.precision() if recipe.precision == "auto" else (recipe.precision, "chosen in the recipe")
+    packings = PACKED_BYTES if find_spec("bitsandbytes") else ()
+    ways = [
+        replace(recipe, precision=kind, checkpointing=checkpointing)
+        for kind in (fast, *(packings if recipe.precision == "auto" else ()))
+        for checkpointing in (("off", "on") if recipe.checkpointing == "auto" else (recipe.checkpointing,))
+    ]
+    needs = [need_gb(model, way, data) for way in ways]
+    for way, needed_gb in zip(ways, needs, strict=True):
+        if needed_gb <= free_gb:
+            least = min(gb for other, gb in zip(ways, needs, strict=True) if other.precision == fast)
+            packed = f"{fast} would need {least:.1f} GB, and {free_gb:.1f} GB are free"
+            return way, why if way.precision == fast else packed
     others = sorted((m for m in MODELS.values() if m.source != "made here"), key=lambda m: -m.parameters_m)
-    packed = {
+    proposals = {
         (m, p): replace(recipe, precision=p, checkpointing="on")
-        for m, p in [
-            *((model, p) for p in (PACKED_BYTES if find_spec("bitsandbytes") else ())),
-            *((m.name, precision) for m in others),
-        ]
+        for m, p in [*((model, p) for p in packings), *((m.name, fast) for m in others)]
     }
     fits = [
         f"{m} with precision '{p}' ({gb:.1f} GB)"
-        for (m, p), r in packed.items()
+        for (m, p), r in proposals.items()
         if (gb := need_gb(m, r, data)) <= free_gb
     ]
+    needed_gb, way = min(zip(needs, ways, strict=True), key=lambda pair: pair[0])
     raise CourseError(
-        f"memory: {model} in {precision}, rows of up to {_longest(data)[0]} tokens, checkpointing {way.checkpointing}: "
-        f"{needed_gb:.1f} GB needed, {free_gb} GB free",
+        f"memory: {model} in {way.precision}, rows of up to {_longest(data)[0]} tokens, checkpointing "
+        f"{way.checkpointing}: {needed_gb:.1f} GB needed, {free_gb} GB free",
         "set checkpointing='on' in the recipe and take " + " or ".join(fits[:3]) if fits else "close other programs",
     )
 
@@ -129,6 +144,44 @@ def settle_here(model: str, recipe: Recipe, data: Rows, free_gb: float) -> tuple
     from stakelib.training.mlx_memory import mlx_memory, settle_mlx
 
     return *settle_mlx(model, config_of(model), recipe, data, (free_gb, "what it may use here")), mlx_memory
+
+
+def use_gb(config: Any) -> dict[str, float]:
+    """Memory (GB) that the steps after a training need: "export" and "answering". This program is counted too.
+
+    export: the converter holds the largest tensor, the embeddings, as float32 and as float16 (measured, gemma-2b: 3.2);
+    merging holds no more. answering: the q8 file and one prompt; several at once are answered where there is room.
+    """
+    sizes, words = matrices(config), config.vocab_size * config.hidden_size
+    numbers = words + config.num_hidden_layers * sum(a * b for a, b in sizes.values())
+    return {
+        "export": PROGRAM_GB[4] + CONVERTER_GB + 6 * words / 2**30,
+        "answering": PROGRAM_GB[4] + answering_gb(config, 1.07 * numbers / 2**30),
+    }
+
+
+def preflight(name: str, folder: Path, recipe: Recipe = RECIPES["course"]) -> BaseModel:
+    """Before anything else: is the model known, allowed and whole, and does a run in `folder` fit this machine?
+
+    Says in which precision the model will be trained here: as `plan` and `train` decide, on rows as long as the longest
+    of the course's own. Raises CourseError listing what is missing.
+    """
+    from stakelib.training.mlx_memory import limit_gb
+
+    model, problems, action = check_model(name, folder), [], ""
+    free_gb = computer.describe(folder)["ram_free_gb"]
+    try:
+        way, why, formula = settle_here(name, recipe, [LONGEST], limit_gb()[0])
+        needed_gb = need_gb(name, way, [LONGEST], formula)
+        print(f"{model.name}: trains in {way.precision}, checkpointing {way.checkpointing} ({needed_gb:.1f} GB): {why}")
+    except CourseError as problem:
+        problems, action = problem.problems, problem.next_action
+    for step, gb in use_gb(config_of(name)).items():
+        if gb > free_gb:
+            problems.append(f"memory: {step} of {model.name} needs {gb:.1f} GB, {free_gb} GB are free")
+    if problems:
+        raise CourseError(problems, action or "close other programs, or choose a smaller model with --model")
+    return model
 
 
 @dataclass(frozen=True)
@@ -167,10 +220,8 @@ def plan(
     parts = {"mapped": 0.0} | formula(config_of(model), chosen, *_longest(data))
     table = what_fits(recipe, data, free_gb, valid, epochs, models)
     lines = table[table.fits & (table.precision != FULL) & ~(table.hours > NIGHT_H)].to_dict("records")  # NaN is not
-    kinds = dict.fromkeys(models, table.precision[0])  # packed only where that makes a larger model fit
-    if formula is not memory:  # with Metal, also where the rest of the Mac needs room
-        auto = replace(recipe, precision="auto", checkpointing="auto")
-        kinds |= {x["model"]: settle_here(x["model"], auto, data, free_gb)[0].precision for x in lines}
+    auto = replace(recipe, precision="auto", checkpointing="auto")  # of each model the precision that training takes
+    kinds = {x["model"]: settle_here(x["model"], auto, data, free_gb)[0].precision for x in lines}
     best = max(lines, key=lambda x: (x["million"], x["precision"] == kinds[x["model"]], -x["hours"]), default={})
     time_h = hours(model, chosen, data, valid, epochs)
     advice = "nothing of this list is done in a night"
