@@ -27,6 +27,7 @@ STAMP = VENV / "set-up-finished.txt"  # a copy of the requirements, written last
 APPLE = (sys.platform, platform.machine()) == ("darwin", "arm64")
 REQUIREMENTS = ROOT / ("requirements-m1.txt" if APPLE else "requirements-cpu.txt")
 TEST_TOOLS = ROOT / "requirements-dev.txt"
+CUDA = ROOT / "requirements-cuda.txt"
 MLX = re.compile("mlx(-cpu|-lm)?==")  # on a PC to try the Mac's back-end; a Linux that is older than MLX does without
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 15)
 DISK_GB = 6.0  # libraries about 3 GB, the rest for pip's downloads, the model and one run
@@ -101,10 +102,13 @@ def needed() -> "list[str]":
     return [line for line in pins(REQUIREMENTS) if APPLE or not MLX.match(line)]
 
 
+def in_an_environment() -> bool:
+    return sys.prefix != sys.base_prefix or os.path.isdir(os.path.join(sys.prefix, "conda-meta"))
+
+
 def in_own_environment() -> bool:
     """True inside a virtual or conda environment that already holds every pinned library."""
-    own = sys.prefix != sys.base_prefix or os.path.isdir(os.path.join(sys.prefix, "conda-meta"))
-    return own and not unmet(needed())
+    return in_an_environment() and not unmet(needed())
 
 
 def is_set_up() -> bool:
@@ -117,6 +121,10 @@ def environment() -> str:
         say(f"Using the environment you are in ({sys.prefix}): every pinned library is there.")
         return sys.executable
     if not is_set_up():
+        if in_an_environment():
+            differs = unmet(needed())
+            more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
+            say(f"Not using the environment you are in ({sys.prefix}): {', '.join(differs[:3])}{more}.")
         set_up()
     return str(PYTHON)
 
@@ -136,11 +144,10 @@ def set_up() -> None:
     try:
         pip(str(PYTHON), ["-r", str(REQUIREMENTS)])
     except Stop:
-        if needed() == pins(REQUIREMENTS):
+        if not sys.platform.startswith("linux"):
             raise
         say("  trying again without MLX: notebook 03 will say so and skip, nothing else needs it")
-        options = [line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if line.startswith("-c ")]
-        pip(str(PYTHON), [word for line in options for word in line.split()] + needed())
+        pip(str(PYTHON), ["-c", str(CUDA)] + needed())
     say("Fetching llama.cpp's converter and registering the notebooks' kernel: later runs need no network")
     kernel = ["-m", "ipykernel", "install", "--prefix", str(VENV), "--name", "python3", "--display-name", "stakelib"]
     for step in (["-c", "from stakelib.export import converter; converter()"], ["-c", LINK, str(ROOT)], kernel):
@@ -157,7 +164,7 @@ def set_up() -> None:
 
 def add_test_tools(python: str) -> None:
     """Install what only the tests need into the environment of `python`, unless all of it is there."""
-    ask = "import sys, course; sys.exit(len(course.unmet(course.pins(course.TEST_TOOLS))) > 0)"
+    ask = "import sys, course; sys.exit(1 if course.unmet(course.pins(course.TEST_TOOLS)) else 0)"
     if quiet([python, "-c", ask])[0]:
         say(f"Adding the tools of the tests (once): {TEST_TOOLS.name}, into the same environment")
         pip(python, ["-r", str(TEST_TOOLS)])
