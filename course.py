@@ -27,9 +27,18 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "set-up-finished.txt"  # a copy of the requirements, written last: set-up was finished
 APPLE = (sys.platform, platform.machine()) == ("darwin", "arm64")
 REQUIREMENTS = ROOT / ("requirements-m1.txt" if APPLE else "requirements-cpu.txt")
+TEST_TOOLS = ROOT / "requirements-dev.txt"
+CUDA = ROOT / "requirements-cuda.txt"
+MLX = re.compile("mlx(-cpu|-lm)?==")  # on a PC to try the Mac's back-end; a Linux that is older than MLX does without
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 15)
 DISK_GB = 6.0  # libraries about 3 GB, the rest for pip's downloads, the model and one run
-TORCH, CPU_INDEX = "torch==2.13.0", "https://download.pytorch.org/whl/cpu"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# A line in site-packages, so that an editor or a Jupyter of one's own finds stakelib. It is relative: plain ASCII
+# whatever the folder is called, since some Pythons read it in the system's code page, and it moves with the folder.
+LINK = """import os, sys, sysconfig
+place = sysconfig.get_path("purelib")
+with open(os.path.join(place, "stakelib-course.pth"), "w", encoding="utf-8") as stream:
+    stream.write(os.path.relpath(sys.argv[1], place) + "\\n")"""
 SILENCE = 60.0  # seconds without output after which a line says that work goes on
 PARENT = "STAKE_COURSE_PARENT"  # process id of the launcher that started us inside the environment
 AGAIN = "run the same command again: finished stages are kept"
@@ -60,28 +69,47 @@ def check_disk() -> None:
         raise Stop(problem, "free some disk space, or move the course to a bigger disk; nothing was changed")
 
 
-def unmet(requirements: str) -> "list[str]":
-    """Requirement lines that this interpreter does not satisfy; version 2.13.0+cpu satisfies ==2.13.0."""
+def pins(file: Path) -> "list[str]":
+    """The lines of a requirements file that name a package, with their markers."""
+    lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("-")]
+
+
+def unmet(lines: "list[str]") -> "list[str]":
+    """Those of the pins that hold on this machine and that this interpreter does not satisfy.
+
+    A local version such as 2.13.0+cpu satisfies ==2.13.0. Before set-up `packaging`, itself pinned, may be missing."""
     from importlib import metadata
 
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return lines
     missing = []
-    for line in requirements.splitlines():
-        name, _, wanted = line.split("#")[0].strip().partition("==")
-        if ";" in wanted:
-            continue  # wanted on some machines, not needed on any: see `set_up`
+    for wanted in map(Requirement, lines):
+        if wanted.marker is not None and not wanted.marker.evaluate():
+            continue
         try:
-            found = metadata.version(name).split("+")[0] if name else wanted
+            here = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            found = None
-        if found != wanted:
-            missing.append(f"{name}=={wanted} (here: {found})")
+            here = None
+        if here is None or here.split("+")[0] not in wanted.specifier:
+            missing.append(f"{wanted.name}{wanted.specifier} (here: {here})")
     return missing
+
+
+def needed() -> "list[str]":
+    """The pins without which the course does not work here."""
+    return [line for line in pins(REQUIREMENTS) if APPLE or not MLX.match(line)]
+
+
+def in_an_environment() -> bool:
+    return sys.prefix != sys.base_prefix or os.path.isdir(os.path.join(sys.prefix, "conda-meta"))
 
 
 def in_own_environment() -> bool:
     """True inside a virtual or conda environment that already holds every pinned library."""
-    own = sys.prefix != sys.base_prefix or os.path.isdir(os.path.join(sys.prefix, "conda-meta"))
-    return own and not unmet(REQUIREMENTS.read_text(encoding="utf-8"))
+    return in_an_environment() and not unmet(needed())
 
 
 def is_set_up() -> bool:
@@ -94,6 +122,10 @@ def environment() -> str:
         say(f"Using the environment you are in ({sys.prefix}): every pinned library is there.")
         return sys.executable
     if not is_set_up():
+        if in_an_environment():
+            differs = unmet(needed())
+            more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
+            say(f"Not using the environment you are in ({sys.prefix}): {', '.join(differs[:3])}{more}.")
         set_up()
     return str(PYTHON)
 
@@ -106,17 +138,20 @@ def set_up() -> None:
     make_venv()
     code, found = quiet([str(PYTHON), "-c", "from importlib.metadata import version as v; print(v('torch'))"])
     gpu = shutil.which("nvidia-smi") is not None
-    install_torch(str(PYTHON), torch_plan("" if code else found.strip(), sys.platform, platform.machine(), gpu))
+    torch = next(line.split(";")[0].strip() for line in pins(REQUIREMENTS) if line.startswith("torch=="))
+    plan = torch_plan("" if code else found.strip(), sys.platform, platform.machine(), gpu, torch)
+    install_torch(str(PYTHON), plan)
     say(f"Installing what {REQUIREMENTS.name} pins")
     try:
         pip(str(PYTHON), ["-r", str(REQUIREMENTS)])
-    except Stop:  # a marker also says: not needed. MLX's packages are made for newer systems than some
-        lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+    except Stop:
+        if not sys.platform.startswith("linux"):
+            raise
         say("  trying again without MLX: notebook 03 will say so and skip, nothing else needs it")
-        pip(str(PYTHON), [line for line in lines if line and ";" not in line])
+        pip(str(PYTHON), ["-c", str(CUDA)] + needed())
     say("Fetching llama.cpp's converter and registering the notebooks' kernel: later runs need no network")
     kernel = ["-m", "ipykernel", "install", "--prefix", str(VENV), "--name", "python3", "--display-name", "stakelib"]
-    for step in (["-c", "from stakelib.export import converter; converter()"], kernel):
+    for step in (["-c", "from stakelib.export import converter; converter()"], ["-c", LINK, str(ROOT)], kernel):
         code, output = quiet([str(PYTHON)] + step)
         if code:
             raise Stop("set-up stopped near its end:\n" + output.strip()[-400:], "check the network, then try again")
@@ -126,6 +161,14 @@ def set_up() -> None:
     spec.write_text(json.dumps(kernel_json, indent=1), encoding="utf-8")
     shutil.copyfile(str(REQUIREMENTS), str(STAMP))
     say("Set-up finished.")
+
+
+def add_test_tools(python: str) -> None:
+    """Install what only the tests need into the environment of `python`, unless all of it is there."""
+    ask = "import sys, course; sys.exit(1 if course.unmet(course.pins(course.TEST_TOOLS)) else 0)"
+    if quiet([python, "-c", ask])[0]:
+        say(f"Adding the tools of the tests (once): {TEST_TOOLS.name}, into the same environment")
+        pip(python, ["-r", str(TEST_TOOLS)])
 
 
 def make_venv() -> None:
@@ -139,7 +182,7 @@ def make_venv() -> None:
 
 
 def torch_plan(
-    installed: str, system: str, machine: str, nvidia: bool, torch: str = TORCH, cpu_index: str = CPU_INDEX
+    installed: str, system: str, machine: str, nvidia: bool, torch: str, cpu_index: str = CPU_INDEX
 ) -> "list[list[str]]":
     """pip arguments to try in turn until one works; empty if a suitable torch is there.
 
@@ -413,7 +456,10 @@ def main(arguments: "list[str]") -> int:
         work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}.get(options.command, hand_over)
         if options.command in ("doctor", "pack", "unpack") or PARENT in os.environ:
             return work(options)
-        return call([environment(), str(ROOT / "course.py")] + arguments, **{PARENT: str(os.getpid())})
+        python = environment()
+        if options.command == "test":
+            add_test_tools(python)
+        return call([python, str(ROOT / "course.py")] + arguments, **{PARENT: str(os.getpid())})
     except Stop as problem:
         say(f"\n{problem}")
         return problem.code

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from stakelib import run as run_module
 from stakelib.run import hold
 
 LINUX = ("linux", "x86_64")
+TORCH = "torch==2.13.0"
 
 
 # ------------------------------------------------------------------------------------------------- before set-up
@@ -81,18 +83,18 @@ def test_a_full_disk_stops_set_up_before_anything_is_written(
 
 
 def test_torch_plan_by_machine() -> None:
-    first, second = course.torch_plan("", *LINUX, nvidia=False)
+    first, second = course.torch_plan("", *LINUX, nvidia=False, torch=TORCH)
     assert first[:3] == ["--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu"]
-    assert first[-1] == second[-1] == "torch==2.13.0"
+    assert first[-1] == second[-1] == TORCH
     assert "--timeout 8 --retries 0" in " ".join(first)
     others = (("linux", "aarch64", False), ("darwin", "arm64", False), ("win32", "AMD64", False), (*LINUX, True))
     for elsewhere in others:
-        assert course.torch_plan("", *elsewhere) == [second]
+        assert course.torch_plan("", *elsewhere, torch=TORCH) == [second]
 
 
 @pytest.mark.parametrize(("installed", "kept"), [("2.13.0", 1), ("2.13.0+cpu", 1), ("2.13.0+cu130", 1), ("2.12.0", 0)])
 def test_a_suitable_torch_is_kept(installed: str, kept: int) -> None:
-    assert (course.torch_plan(installed, *LINUX, nvidia=False) == []) == bool(kept)
+    assert (course.torch_plan(installed, *LINUX, nvidia=False, torch=TORCH) == []) == bool(kept)
 
 
 def fake_index(folder: Path, version: str) -> str:
@@ -100,10 +102,10 @@ def fake_index(folder: Path, version: str) -> str:
     wheel = folder / "faketorch" / f"faketorch-{version}-py3-none-any.whl"
     wheel.parent.mkdir(parents=True)
     info = f"faketorch-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: faketorch\nVersion: {version}\nRequires-Dist: no-such-cuda\n"
+    about = f"Metadata-Version: 2.1\nName: faketorch\nVersion: {version}\nRequires-Dist: no-such-cuda\n"
     files = {
         "faketorch.py": f"version = {version!r}\n",
-        f"{info}/METADATA": metadata,
+        f"{info}/METADATA": about,
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     hashes = {n: base64.urlsafe_b64encode(hashlib.sha256(t.encode()).digest()).decode() for n, t in files.items()}
@@ -170,10 +172,10 @@ def test_no_index_at_all_ends_set_up_with_one_message(
 
 @pytest.fixture()
 def bare_course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """course.py with an empty folder as its .venv and one requirement; no step touches the network."""
+    """course.py with an empty folder as its .venv and two requirements; no step touches the network."""
     venv = tmp_path / ".venv"
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text("no-such-package==1.0\n", encoding="utf-8")
+    requirements.write_text(f"{TORCH}\nno-such-package==1.0\n", encoding="utf-8")
     python = venv / "python"
     monkeypatch.setattr(course, "VENV", venv)
     monkeypatch.setattr(course, "PYTHON", python)
@@ -198,31 +200,38 @@ def test_a_finished_set_up_is_skipped_until_the_requirements_change(
     monkeypatch.setattr(course, "pip", lambda python, arguments: calls.append(arguments))
     assert course.environment() == course.environment() == str(course.PYTHON)
     assert calls == [["-r", str(course.REQUIREMENTS)]]  # torch is there, so once for the rest
-    course.REQUIREMENTS.write_text("no-such-package==2.0\n", encoding="utf-8")
+    course.REQUIREMENTS.write_text(f"{TORCH}\nno-such-package==2.0\n", encoding="utf-8")
     course.environment()
     assert len(calls) == 2
 
 
-def test_set_up_goes_on_without_what_only_some_machines_can_have(
-    bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("system", ["linux", "win32", "darwin"])
+def test_set_up_goes_on_without_mlx_on_a_linux_that_is_too_old(
+    system: str, bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Set-up tries everything, then everything but the lines with a marker; a second failure is the end."""
-    lines = 'no-such-package==1.0  # needed\nmlx[cpu]==9; sys_platform == "linux"\n'
+    """Set-up tries everything, then everything but MLX; a second failure is the end, and the first one elsewhere."""
+    lines = f'-c {course.CUDA.name}\n{TORCH}\nmlx==9; sys_platform == "linux"\nmlx-cpu==9\nmlxtend==1.0  # needed\n'
     course.REQUIREMENTS.write_text(lines, encoding="utf-8")
     calls: list[list[str]] = []
 
     def pip(python: str, arguments: list[str]) -> None:
         calls.append(arguments)
-        if len(calls) == 1 or "no-such-package==1.0" in arguments and fails:
+        if len(calls) == 1 or fails:
             raise course.Stop("pip could not install mlx", "check the network")
 
     monkeypatch.setattr(course, "pip", pip)
+    monkeypatch.setattr(course, "APPLE", system == "darwin")
+    monkeypatch.setattr(course.sys, "platform", system)
     fails = False
+    if system != "linux":
+        with pytest.raises(course.Stop, match="could not install"):
+            course.set_up()
+        assert len(calls) == 1
+        return
     course.set_up()
-    assert calls == [["-r", str(course.REQUIREMENTS)], ["no-such-package==1.0"]]
+    assert calls == [["-r", str(course.REQUIREMENTS)], ["-c", str(course.CUDA), TORCH, "mlxtend==1.0"]]
     assert "without MLX: notebook 03 will say so and skip" in capsys.readouterr().out
     assert course.is_set_up()
-    assert course.unmet('mlx[cpu]==9; sys_platform == "linux"') == []  # so it is not tried again at every start
     calls.clear()
     fails = True
     with pytest.raises(course.Stop, match="could not install"):
@@ -250,6 +259,86 @@ def test_an_interrupted_set_up_is_done_again(broken: str, bare_course: Path, mon
     assert json.loads(kernel.read_text(encoding="utf-8"))["argv"] == ["python", "--IPKernelApp.log_level=40"]
 
 
+def test_pins_are_compared_by_marker_and_public_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"torch": "2.13.0+cpu", "jinja2": "3.1.6", "six": "1.0"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise metadata.PackageNotFoundError(name)
+        return here[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    never, always = 'sys_platform == "no-such-system"', 'python_version >= "3.11"'
+    assert course.unmet(["torch==2.13.0", "jinja2==3.1.6", f"gone==1; {never}", f"six==2.0; {never}"]) == []
+    assert course.unmet(["torch==2.12.0", f"gone==1; {always}", f"six==2.0; {always}", f"six==1.0; {never}"]) == [
+        "torch==2.12.0 (here: 2.13.0+cpu)",
+        "gone==1 (here: None)",
+        "six==2.0 (here: 1.0)",
+    ]
+
+
+def test_before_set_up_every_pin_is_unmet(clean_python: str) -> None:
+    """A bare Python has no library that reads markers; doctor and the first `run` must work there."""
+    ask = "import course, json; print(json.dumps([course.unmet(['pip']), course.in_own_environment()]))"
+    code, output = course.quiet([clean_python, "-c", ask])
+    assert (code, output.strip()) == (0, '[["pip"], false]')
+
+
+def test_an_environment_that_differs_is_named_before_another_one_is_made(
+    bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(course, "pip", lambda python, arguments: None)
+    monkeypatch.setattr(course, "in_an_environment", lambda: True)
+    assert course.environment() == str(course.PYTHON)
+    said = capsys.readouterr().out
+    assert sys.prefix in said and "no-such-package==1.0 (here: None)" in said
+
+
+def test_the_environment_finds_stakelib_wherever_it_is_asked(clean_python: str, tmp_path: Path) -> None:
+    """An editor or a Jupyter of one's own starts kernels without PYTHONPATH; a clone's own files still come first."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def where(folder: Path) -> str:
+        ask = [clean_python, "-c", "import stakelib; print(stakelib.__file__)"]
+        return subprocess.run(ask, cwd=folder, env=env, capture_output=True, encoding="utf-8").stdout.strip()
+
+    assert where(tmp_path) == ""
+    subprocess.run([clean_python, "-c", course.LINK, str(course.ROOT)], check=True)
+    assert Path(where(tmp_path)) == course.ROOT / "stakelib" / "__init__.py"
+    (tmp_path / "stakelib").mkdir()
+    (tmp_path / "stakelib" / "__init__.py").write_text("", encoding="utf-8")
+    assert Path(where(tmp_path)).parent == tmp_path / "stakelib"
+    links = list(Path(clean_python).parents[1].rglob("stakelib-course.pth"))
+    assert [link.read_bytes().isascii() and not Path(link.read_text("ascii").strip()).is_absolute() for link in links]
+
+
+def test_only_test_adds_the_tools_of_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = tmp_path / "tools.txt"
+    installed: list[tuple[str, list[str]]] = []
+    monkeypatch.delenv(course.PARENT, raising=False)
+    monkeypatch.setattr(course, "TEST_TOOLS", tools)
+    monkeypatch.setattr(course, "environment", lambda: sys.executable)
+    monkeypatch.setattr(course, "call", lambda command, **more: 0)
+    monkeypatch.setattr(course, "pip", lambda *arguments: installed.append(arguments))
+    answer = {"missing": 1, "there": 0}
+    for state, commands in (("missing", ["run", "lab", "serve", "test"]), ("there", ["test", "test --all"])):
+        monkeypatch.setattr(course, "quiet", lambda command, state=state: (answer[state], ""))
+        for command in commands:
+            assert course.main(command.split()) == 0
+    assert installed == [(sys.executable, ["-r", str(tools)])]
+
+
+def test_tools_that_are_there_are_not_installed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(course, "pip", lambda python, arguments: asked.append(arguments[-1]))
+    shutil.copy(course.__file__, tmp_path)
+    monkeypatch.setattr(course, "ROOT", tmp_path)  # so that this copy is asked, about the file beside it
+    for pin, wanted in ((f"pytest=={pytest.__version__}", 0), ("pytest==0.0.1", 1)):
+        (tmp_path / "requirements-dev.txt").write_text(f"# tools\n{pin}\n", encoding="utf-8")
+        course.add_test_tools(sys.executable)
+        assert len(asked) == wanted
+
+
 def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(course.PARENT, "1")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
@@ -275,7 +364,7 @@ def small_course(tmp_path: Path) -> Path:
     shutil.copy(course.__file__, tmp_path / "course.py")
     files = {"stakelib/__init__.py": "__version__ = '0'\n", "stakelib/training.py": "print('it fits')\n"}
     shutil.copy(run_module.__file__, tmp_path / "stakelib" / "run.py")
-    pin = f"papermill=={course.unmet('papermill==0')[0].split(': ')[1].rstrip(')')}\n"
+    pin = f"papermill=={metadata.version('papermill')}\n"
     files |= {"requirements-cpu.txt": pin, "requirements-m1.txt": pin}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -286,8 +375,8 @@ def small_course(tmp_path: Path) -> Path:
 
 def write_notebook(path: Path, code: str) -> None:
     head = nbformat.v4.new_code_cell(HEAD, metadata={"tags": ["parameters"]})
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell(code)], metadata=metadata)
+    about = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell(code)], metadata=about)
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
 
 

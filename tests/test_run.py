@@ -675,7 +675,8 @@ def test_folders_may_be_given_with_a_tilde_relative_or_empty(
     monkeypatch.delenv(name)
     assert place() == usual
     assert Run.open("~/nowhere/x", "smoke").folder == home / "nowhere" / "x"
-    assert Run.open(out="", profile="smoke").folder == default_folder("smoke")
+    nothing = ""
+    assert Run.open(nothing, "smoke").folder == default_folder("smoke")
     assert as_folder(None) is None
 
 
