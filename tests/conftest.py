@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from stakelib import machine
+
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window may open
 # What a test starts imports this clone's stakelib, whichever clone the environment was set up for.
 others = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
@@ -17,6 +19,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents
 if "PYTEST_XDIST_WORKER" in os.environ:  # two files are tested at a time: more threads than cores wait for each other
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 LONGEST_FIRST = ("test_spine", "test_browser", "test_real", "test_variety", "test_never_lost", "test_mlx_life")
+# On a Mac too, "auto" means PEFT and the plan is that of a processor, unless a test says otherwise.
+machine.metal = lambda: (False, "the tests are those of a PC")
 # No deadline: the machine is shared. The same examples every time: a red test is red for everybody.
 settings.register_profile(
     "course", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]

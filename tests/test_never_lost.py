@@ -247,7 +247,7 @@ from stakelib.run import Progress, Run
 from stakelib.training import train
 drawn, draw = [], plots.loss_curve
 plots.loss_curve = lambda history: drawn.append(history) or draw(history)
-train(Run.open({str(home / "run")!r}, "smoke"), FAST, rows=ROWS)
+train(Run.open({str(home / "run")!r}, "smoke"), FAST, rows=ROWS, backend="peft")
 print("drawn", len(drawn))
 """
     seen = []
@@ -382,7 +382,7 @@ class Watch(peft_backend.Watch):
         super().on_train_begin(*arguments, **more)
 
 peft_backend.Watch = Watch
-train(Run.open({run!r}, "smoke", {model!r}), LONG)
+train(Run.open({run!r}, "smoke", {model!r}), LONG, backend="peft")
 print("SECONDS", time.monotonic() - Watch.begun, flush=True)
 """
 

@@ -402,7 +402,7 @@ class Watch(peft_backend.Watch):
         return super().on_step_end(args, state, control, **more)
 
 peft_backend.Watch = Watch
-train(Run.open(Path({run!r}), "smoke"), FAST)
+train(Run.open(Path({run!r}), "smoke"), FAST, backend="peft")
 """
 
 

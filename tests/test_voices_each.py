@@ -244,7 +244,7 @@ class Watch(peft_backend.Watch):
         return super().on_step_end(args, state, control, **more)
 
 peft_backend.Watch = Watch
-train_nine(Run.open({run!r}, "smoke"), BRIEF)
+train_nine(Run.open({run!r}, "smoke"), BRIEF, backend="peft")
 """
 
 
