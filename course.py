@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -26,9 +27,18 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "set-up-finished.txt"  # a copy of the requirements, written last: set-up was finished
 APPLE = (sys.platform, platform.machine()) == ("darwin", "arm64")
 REQUIREMENTS = ROOT / ("requirements-m1.txt" if APPLE else "requirements-cpu.txt")
+TEST_TOOLS = ROOT / "requirements-dev.txt"
+CUDA = ROOT / "requirements-cuda.txt"
+MLX = re.compile("mlx(-cpu|-lm)?==")  # on a PC to try the Mac's back-end; a Linux that is older than MLX does without
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 15)
 DISK_GB = 6.0  # libraries about 3 GB, the rest for pip's downloads, the model and one run
-TORCH, CPU_INDEX = "torch==2.13.0", "https://download.pytorch.org/whl/cpu"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# A line in site-packages, so that an editor or a Jupyter of one's own finds stakelib. It is relative: plain ASCII
+# whatever the folder is called, since some Pythons read it in the system's code page, and it moves with the folder.
+LINK = """import os, sys, sysconfig
+place = sysconfig.get_path("purelib")
+with open(os.path.join(place, "stakelib-course.pth"), "w", encoding="utf-8") as stream:
+    stream.write(os.path.relpath(sys.argv[1], place) + "\\n")"""
 SILENCE = 60.0  # seconds without output after which a line says that work goes on
 PARENT = "STAKE_COURSE_PARENT"  # process id of the launcher that started us inside the environment
 AGAIN = "run the same command again: finished stages are kept"
@@ -59,28 +69,47 @@ def check_disk() -> None:
         raise Stop(problem, "free some disk space, or move the course to a bigger disk; nothing was changed")
 
 
-def unmet(requirements: str) -> "list[str]":
-    """Requirement lines that this interpreter does not satisfy; version 2.13.0+cpu satisfies ==2.13.0."""
+def pins(file: Path) -> "list[str]":
+    """The lines of a requirements file that name a package, with their markers."""
+    lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("-")]
+
+
+def unmet(lines: "list[str]") -> "list[str]":
+    """Those of the pins that hold on this machine and that this interpreter does not satisfy.
+
+    A local version such as 2.13.0+cpu satisfies ==2.13.0. Before set-up `packaging`, itself pinned, may be missing."""
     from importlib import metadata
 
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return lines
     missing = []
-    for line in requirements.splitlines():
-        name, _, wanted = line.split("#")[0].strip().partition("==")
-        if ";" in wanted:
-            continue  # wanted on some machines, not needed on any: see `set_up`
+    for wanted in map(Requirement, lines):
+        if wanted.marker is not None and not wanted.marker.evaluate():
+            continue
         try:
-            found = metadata.version(name).split("+")[0] if name else wanted
+            here = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            found = None
-        if found != wanted:
-            missing.append(f"{name}=={wanted} (here: {found})")
+            here = None
+        if here is None or here.split("+")[0] not in wanted.specifier:
+            missing.append(f"{wanted.name}{wanted.specifier} (here: {here})")
     return missing
+
+
+def needed() -> "list[str]":
+    """The pins without which the course does not work here."""
+    return [line for line in pins(REQUIREMENTS) if APPLE or not MLX.match(line)]
+
+
+def in_an_environment() -> bool:
+    return sys.prefix != sys.base_prefix or os.path.isdir(os.path.join(sys.prefix, "conda-meta"))
 
 
 def in_own_environment() -> bool:
     """True inside a virtual or conda environment that already holds every pinned library."""
-    own = sys.prefix != sys.base_prefix or os.path.isdir(os.path.join(sys.prefix, "conda-meta"))
-    return own and not unmet(REQUIREMENTS.read_text(encoding="utf-8"))
+    return in_an_environment() and not unmet(needed())
 
 
 def is_set_up() -> bool:
@@ -93,6 +122,10 @@ def environment() -> str:
         say(f"Using the environment you are in ({sys.prefix}): every pinned library is there.")
         return sys.executable
     if not is_set_up():
+        if in_an_environment():
+            differs = unmet(needed())
+            more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
+            say(f"Not using the environment you are in ({sys.prefix}): {', '.join(differs[:3])}{more}.")
         set_up()
     return str(PYTHON)
 
@@ -105,17 +138,20 @@ def set_up() -> None:
     make_venv()
     code, found = quiet([str(PYTHON), "-c", "from importlib.metadata import version as v; print(v('torch'))"])
     gpu = shutil.which("nvidia-smi") is not None
-    install_torch(str(PYTHON), torch_plan("" if code else found.strip(), sys.platform, platform.machine(), gpu))
+    torch = next(line.split(";")[0].strip() for line in pins(REQUIREMENTS) if line.startswith("torch=="))
+    plan = torch_plan("" if code else found.strip(), sys.platform, platform.machine(), gpu, torch)
+    install_torch(str(PYTHON), plan)
     say(f"Installing what {REQUIREMENTS.name} pins")
     try:
         pip(str(PYTHON), ["-r", str(REQUIREMENTS)])
-    except Stop:  # a marker also says: not needed. MLX's packages are made for newer systems than some
-        lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+    except Stop:
+        if not sys.platform.startswith("linux"):
+            raise
         say("  trying again without MLX: notebook 03 will say so and skip, nothing else needs it")
-        pip(str(PYTHON), [line for line in lines if line and ";" not in line])
+        pip(str(PYTHON), ["-c", str(CUDA)] + needed())
     say("Fetching llama.cpp's converter and registering the notebooks' kernel: later runs need no network")
     kernel = ["-m", "ipykernel", "install", "--prefix", str(VENV), "--name", "python3", "--display-name", "stakelib"]
-    for step in (["-c", "from stakelib.export import converter; converter()"], kernel):
+    for step in (["-c", "from stakelib.export import converter; converter()"], ["-c", LINK, str(ROOT)], kernel):
         code, output = quiet([str(PYTHON)] + step)
         if code:
             raise Stop("set-up stopped near its end:\n" + output.strip()[-400:], "check the network, then try again")
@@ -125,6 +161,14 @@ def set_up() -> None:
     spec.write_text(json.dumps(kernel_json, indent=1), encoding="utf-8")
     shutil.copyfile(str(REQUIREMENTS), str(STAMP))
     say("Set-up finished.")
+
+
+def add_test_tools(python: str) -> None:
+    """Install what only the tests need into the environment of `python`, unless all of it is there."""
+    ask = "import sys, course; sys.exit(1 if course.unmet(course.pins(course.TEST_TOOLS)) else 0)"
+    if quiet([python, "-c", ask])[0]:
+        say(f"Adding the tools of the tests (once): {TEST_TOOLS.name}, into the same environment")
+        pip(python, ["-r", str(TEST_TOOLS)])
 
 
 def make_venv() -> None:
@@ -138,7 +182,7 @@ def make_venv() -> None:
 
 
 def torch_plan(
-    installed: str, system: str, machine: str, nvidia: bool, torch: str = TORCH, cpu_index: str = CPU_INDEX
+    installed: str, system: str, machine: str, nvidia: bool, torch: str, cpu_index: str = CPU_INDEX
 ) -> "list[list[str]]":
     """pip arguments to try in turn until one works; empty if a suitable torch is there.
 
@@ -203,35 +247,49 @@ def call(command: "list[str]", **more: str) -> int:
 
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
-    from stakelib.run import CourseError, Run, clock
+    from stakelib.run import CourseError, Run, atomic_write_json, clock, hold
 
-    model = options.model and str(Path(options.model).resolve() if os.path.isdir(options.model) else options.model)
+    local = os.path.abspath(os.path.expanduser(options.model or ""))
+    model = local if options.model and os.path.isdir(local) else options.model
+    notebooks, started = choose_notebooks(options.only), time.monotonic()
     try:
-        run = Run.open(options.out and Path(options.out).resolve(), options.profile, model)
+        run = Run.open(options.out, options.profile, model)
     except CourseError as problem:
         raise Stop("\n- ".join(problem.problems), problem.next_action, code=2) from None
-    notebooks, started, terminal = choose_notebooks(options.only), time.monotonic(), Terminal()
     check = [sys.executable, "-m", "stakelib.training", "--check", "--profile", run.profile.name]
     check += ["--model", run.profile.model, "--out", str(run.folder)]  # a child: torch would stay in this process
-    if code := subprocess.run(check, env=child_environment()).returncode:
+    code = subprocess.run(check, env=child_environment()).returncode
+    if code:
         return code  # the model is unknown, not allowed or not whole, or the run does not fit: the check has said so
-    with only_one(run.folder):
-        say(f"Profile {run.profile.name}, model {run.profile.model}, run folder {run.folder}")
-        saved = run.path("notebooks", "timings.json")
-        timings = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-        for number, notebook in enumerate(notebooks):
-            title = f"[{number + 1}/{len(notebooks)}] {notebook.stem}"
-            left = [timings.get(other.stem) for other in notebooks[number:]]
-            eta = "" if None in left else f", about {clock(sum(left))} to the end if all is as last time"
-            say("\n{} starts at {}{}".format(title, time.strftime("%H:%M"), eta))
-            begun = time.monotonic()
-            parameters = {"profile": options.profile, "model": model, "out": str(run.folder)}
-            execute(notebook, run.path("notebooks", notebook.name), parameters, terminal)
-            timings[notebook.stem] = round(time.monotonic() - begun, 1)
-            saved.write_text(json.dumps(timings, indent=2), encoding="utf-8")
-            say(f"{title} done in {clock(timings[notebook.stem])}")
+    terminal, action = Terminal(), "wait for it, or choose a folder with --out"
+    try:
+        with hold(run.folder / ".lock", f"another run is using {run.folder}", action):
+            say(f"Profile {run.profile.name}, model {run.profile.model}, run folder {run.folder}")
+            saved = run.path("notebooks", "timings.json")
+            timings = read_timings(saved)
+            for number, notebook in enumerate(notebooks):
+                title = f"[{number + 1}/{len(notebooks)}] {notebook.stem}"
+                left = [timings.get(other.stem) for other in notebooks[number:]]
+                eta = "" if None in left else f", about {clock(sum(left))} to the end if all is as last time"
+                say("\n{} starts at {}{}".format(title, time.strftime("%H:%M"), eta))
+                begun = time.monotonic()
+                parameters = {"profile": options.profile, "model": model, "out": str(run.folder)}
+                execute(notebook, run.path("notebooks", notebook.name), parameters, terminal)
+                timings[notebook.stem] = round(time.monotonic() - begun, 1)
+                atomic_write_json(saved, timings)
+                say(f"{title} done in {clock(timings[notebook.stem])}")
+    except CourseError as problem:
+        raise Stop("\n- ".join(problem.problems), f"{problem.next_action}; then {AGAIN}") from None
     say(f"\nAll done in {clock(time.monotonic() - started)}.")
     return say("Report: {}".format(next(run.folder.glob("report.html"), "not made yet"))) or 0
+
+
+def read_timings(file: Path) -> "dict[str, float]":
+    """Seconds of each notebook last time; empty where the file is missing or broken: it only serves an estimate."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(file.read_text(encoding="utf-8")).items()
+        return {name: seconds for name, seconds in found if isinstance(seconds, (int, float))}
+    return {}
 
 
 def choose_notebooks(only: "str | None") -> "list[Path]":
@@ -245,21 +303,40 @@ def choose_notebooks(only: "str | None") -> "list[Path]":
 
 
 def execute(notebook: Path, copy: Path, parameters: "dict[str, object]", terminal: "Terminal") -> None:
-    """Run one notebook in this Python's kernel. Raises Stop: what failed, where to look and what to do."""
+    """Run one notebook in this Python's kernel. Raises Stop: what failed, where to look and what to do.
+
+    The executed copy takes the place of an older one only when it is whole.
+    """
     import papermill
+
+    from stakelib.run import disk_full, writing
 
     terminal.begin(notebook.stem)
     settings = {"kernel_name": "python3", "progress_bar": False, "stdout_file": terminal, "stderr_file": terminal}
+    failures, kept = [], "no executed copy could be kept"
     try:
-        papermill.execute_notebook(str(notebook), str(copy), parameters, cwd=str(notebook.parent), **settings)
-    except Exception as failure:  # a cell's error, a dead kernel, a full disk: our own traceback helps nobody
-        name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
-        text = text if name == "CourseError" else f"- {name}: {text}"
-        what, _, action = text.partition("\nWhat to do next: ")  # a CourseError ends with it
-        where = f"{notebook.name} stopped at cell {getattr(failure, 'exec_count', '?')}; its executed copy: {copy}"
-        raise Stop(f"{where}\n{what}", f"{action or 'mend that'}; then {AGAIN}") from None
+        with writing(copy) as part, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not end in one of")  # the hidden copy's name
+            names = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, part)]  # papermill fills in
+            try:
+                papermill.execute_notebook(*names, parameters, cwd=str(notebook.parent), **settings)
+            except Exception as failure:  # a cell's error, a dead kernel: the copy shows it
+                failures.append(failure)
+            json.loads(part.read_text(encoding="utf-8"))
+        kept = f"its executed copy: {copy}"
+    except Exception as failure:  # a full disk: the copy is not whole, so an older one stays
+        failures.append(failure)
     finally:
         terminal.begin("")
+    if not failures:
+        return
+    failure = failures[0]
+    name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
+    if name != "CourseError":  # our own traceback helps nobody
+        text = str(disk_full(Exception(f"{name}: {text}"), copy.parent) or f"- {name}: {text}")
+    what, _, action = text.partition("\nWhat to do next: ")  # a CourseError ends with it
+    where = f"{notebook.name} stopped at cell {getattr(failure, 'exec_count', '?')}; {kept}"
+    raise Stop(f"{where}\n{what}", f"{action or 'mend that'}; then {AGAIN}") from None
 
 
 class Terminal:
@@ -289,27 +366,6 @@ class Terminal:
             if self.name and time.monotonic() - self.printed > SILENCE:
                 bar, self.rest = self.rest.rstrip("\r").split("\r")[-1], ""
                 self.write(f"... {self.name} still at work, {(time.monotonic() - self.begun) / 60:.0f} min  {bar}\n")
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> "contextlib.AbstractContextManager[None]":
-    """Hold the run folder for this process; the lock of a dead process is taken over."""
-    import psutil
-
-    lock = folder / ".lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError, ValueError, psutil.Error):
-        pid, started = json.loads(lock.read_text(encoding="utf-8"))
-        owner = psutil.Process(pid)  # ids are used again, so its start must fit too
-        if abs(owner.create_time() - started) < 2 and owner.status() != psutil.STATUS_ZOMBIE:
-            raise Stop(f"another run (process {pid}) is using {folder}", "wait for it, or choose a folder with --out")
-    lock.unlink(missing_ok=True)
-    with lock.open("x", encoding="utf-8") as stream:  # of two that start at the same moment, one fails here
-        json.dump([os.getpid(), psutil.Process().create_time()], stream)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
 
 
 def test_commands(everything: bool, extra: "list[str]") -> "list[list[str]]":
@@ -363,7 +419,9 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="course.py", description="Set up, run, test or open the course.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     run = commands.add_parser("run", help="the whole course, headless, to a report")
-    run.add_argument("--profile", default=os.environ.get("STAKE_PROFILE", "quick"), help="smoke, quick, report or full")
+    run.add_argument(
+        "--profile", default=os.environ.get("STAKE_PROFILE") or "quick", help="smoke, quick, report or full"
+    )
     run.add_argument("--model", help="a name from the README's table of models, or a local folder")
     run.add_argument("--only", help="numbers of notebooks, as in 01,04")
     run.add_argument("--out", help="run folder (default: runs/<profile>)")
@@ -380,16 +438,28 @@ def parse(arguments: "list[str]") -> argparse.Namespace:
     return options
 
 
+def settle_folders() -> None:
+    """Make the folders that the environment names absolute: kernels work elsewhere. An empty name is none."""
+    for name in ("STAKE_CACHE", "STAKE_RUN_ROOT"):
+        given = os.environ.pop(name, "").strip()
+        if given:
+            os.environ[name] = os.path.abspath(os.path.expanduser(given))
+
+
 def main(arguments: "list[str]") -> int:
     try:
         check_python(sys.version_info)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page must not end a run
+        settle_folders()
         options = parse(arguments)
         work = {"run": run_course, "test": test_course, "lab": lab, "doctor": doctor}.get(options.command, hand_over)
         if options.command in ("doctor", "pack", "unpack") or PARENT in os.environ:
             return work(options)
-        return call([environment(), str(ROOT / "course.py")] + arguments, **{PARENT: str(os.getpid())})
+        python = environment()
+        if options.command == "test":
+            add_test_tools(python)
+        return call([python, str(ROOT / "course.py")] + arguments, **{PARENT: str(os.getpid())})
     except Stop as problem:
         say(f"\n{problem}")
         return problem.code

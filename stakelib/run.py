@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -33,32 +36,123 @@ class CourseError(Exception):
         super().__init__("\n".join([*(f"- {p}" for p in self.problems), f"What to do next: {next_action}"]))
 
 
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = (
+    "No space left on device",
+    "not enough space on the disk",
+    "Disk quota exceeded",
+    "os error 28",
+    "Errno 28",
+)
+FULL_MB = 1.0  # less than this much free: the disk is full, whatever the error says
+NO_TEXT = (".safetensors", ".gguf", ".pt", ".pth", ".arrow", ".wasm")  # files of numbers, which nobody edits
+
+
+def disk_full(problem: BaseException, place: Path) -> CourseError | None:
+    """What to raise instead of `problem` if it came from a full disk, that of `place` or of temporary files; else None.
+
+    torch, safetensors and converters lose the system's error number ("unexpected pos", "iostream error"), so the free
+    space counts too. Ask before half-written files are removed.
+    """
+    causes = [e for e in (problem, problem.__cause__, problem.__context__) if e is not None]
+    numbered = [e for e in causes if isinstance(e, OSError) and e.errno in FULL_ERRORS]
+    said = bool(numbered) or any(words in str(problem) for words in FULL_WORDS)
+    named = [Path(os.path.abspath(e.filename)) for e in numbered if isinstance(e.filename, str)]
+    places = [_existing(p) for p in (*named, Path(os.path.abspath(place)), Path(tempfile.tempdir or place))]
+    free = {p: _free_mb(p) for p in places}
+    full = next((p for p in places if free[p] < FULL_MB), places[0] if said else None)
+    if full is None or any(getattr(e, "full", False) for e in causes):
+        return None
+    what = f"the disk of {full} is full, with {free[full]:.1f} MB free now"
+    action = "make room on that disk (old folders in runs/ and packed runs are large)"
+    if isinstance(problem, CourseError):
+        told = CourseError([*problem.problems, what], f"{action}; then {problem.next_action}")
+    else:
+        told = CourseError(f"{what} ({str(problem)[:200] or type(problem).__name__})", action)
+    told.full = True
+    return told
+
+
+def _existing(path: Path) -> Path:
+    """`path` or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _free_mb(place: Path) -> float:
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(place).free / 1e6
+    return float("inf")
+
+
+@contextlib.contextmanager
+def telling_full_disk(place: Path) -> Iterator[None]:
+    """Errors that come from a full disk leave as a CourseError that names the disk of `place`."""
+    try:
+        yield
+    except Exception as problem:
+        if told := disk_full(problem, place):
+            raise told from problem
+        raise
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write a file or folder to; it takes the place of `path` only if all went well."""
+    """Yield a path beside `path` to write a file or folder to; it takes the place of `path` only if all went well.
+
+    It is on the disk before that, so a power cut leaves the old one or the new one. Raises CourseError if the disk is
+    full.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = _hidden(path)
+    with telling_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield part
-        if part.is_dir():
-            old = part.with_suffix(".old")
-            if path.exists():
-                move(path, old)
-            try:
-                move(part, path)
-            except OSError:  # Windows: another program holds a file in it; the old folder goes back to its place
-                if old.exists():
-                    move(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            move(part, path)
+        with telling_full_disk(path.parent):
+            yield part
+            _flush(part)
+            _take_place(part, path)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows: still open elsewhere; the next run sweeps it away
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def _take_place(part: Path, path: Path) -> None:
+    """Rename `part` to `path`. A folder takes two renames: a power cut between them is mended by `sweep`."""
+    old = part.with_suffix(".old")
+    if part.is_dir() and path.exists():
+        move(path, old)
+    try:
+        move(part, path)
+    except OSError:  # Windows: another program holds a file in it; the old folder goes back to its place
+        if old.exists():
+            move(old, path)
+        raise
+    try:
+        if os.name != "nt":
+            _fsync(path.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(part: Path) -> None:
+    """Everything in `part` to the disk, its folders' lists of names too where the system can."""
+    inside = [*part.rglob("*"), part] if part.is_dir() else [part]
+    for path in inside:
+        if path.is_file() or os.name != "nt":
+            _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk; some network drives cannot promise that."""
+    with contextlib.suppress(PermissionError):  # Windows: a file that may only be read
+        number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError as problem:
+            if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(number)
 
 
 def _hidden(path: Path) -> Path:
@@ -74,14 +168,74 @@ def discard(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written anywhere in `folder`; those of living ones stay."""
+    """Put back each folder that a power cut caught between two renames, and remove what killed processes left.
+
+    What living processes are writing stays.
+    """
     import psutil
 
     for place, folders, files in os.walk(folder):
         for left in (Path(place, n) for n in (*folders, *files) if n[0] == "." and n.endswith((".part", ".old"))):
-            writer = left.name.split(".")[-2].split("-")[0]
-            if writer.isdigit() and not psutil.pid_exists(int(writer)):
+            name, _, writer = left.stem[1:].rpartition(".")
+            if not (number := writer.split("-")[0]).isdigit():
+                continue
+            alive, target = psutil.pid_exists(int(number)), left.with_name(name)
+            if left.suffix == ".old" and not target.exists():
+                time.sleep(1.5 if alive else 0)  # a living writer is done by then; a number may also be used again
+                with contextlib.suppress(OSError):
+                    if not target.exists():
+                        move(left, target)
+            elif not alive:
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(file: Path, taken: str, next_action: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock `file` for this process; the system lets go of it however the process ends.
+
+    Raises CourseError, which begins with `taken` and names the process, if another one holds it for longer than
+    `wait_s` seconds. Where no lock can be made (a read-only folder, some network drives), work goes on and says so.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file, timeout=wait_s)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        _sign(file, f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M}")
+    except Timeout:
+        raise CourseError(f"{taken} ({_holder(file)}; lock {file})", next_action) from None
+    except OSError as problem:
+        if told := disk_full(problem, file.parent):
+            raise told from problem
+        print(f"{file} cannot be locked ({problem}); do not start this twice", flush=True)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                os.truncate(file, 0)
+        lock.release()
+
+
+def _sign(file: Path, text: str) -> None:
+    """Write who holds the lock behind its first byte, which is the one that Windows locks."""
+    with contextlib.suppress(OSError), file.open("r+b", buffering=0) as stream:
+        stream.seek(1)
+        stream.write(text.encode())
+        stream.truncate()
+
+
+def _holder(file: Path) -> str:
+    with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
+        stream.seek(1)
+        return stream.read(200).decode("utf-8", errors="replace") or "another process"
+    return "another process"
+
+
+def as_folder(text: str | Path | None) -> Path | None:
+    """A path as a person gives it: "~" is the home folder, the result is absolute; None for an empty text."""
+    return Path(os.path.abspath(os.path.expanduser(text))) if str(text or "").strip() else None
 
 
 def is_main() -> bool:
@@ -100,10 +254,25 @@ def move(source: Path, target: Path) -> None:
 
 def atomic_write_text(path: Path, text: str) -> Path:
     """Write `text` (UTF-8) so that a reader sees the old file or the new one, never half, after a power cut too."""
-    with writing(path) as part, part.open("wb", buffering=0) as stream:
-        stream.write(text.encode("utf-8"))
-        os.fsync(stream.fileno())
+    with writing(path) as part:
+        part.write_bytes(text.encode("utf-8"))
     return Path(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line (UTF-8) to a file, whole or not at all; on the disk before this returns."""
+    with telling_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as stream:
+                stream.write(line.encode("utf-8") + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise
 
 
 def atomic_write_json(path: Path, value: Any) -> Path:
@@ -123,8 +292,9 @@ def sha256(path: Path) -> str:
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+        files = {p.relative_to(path).parts: p for p in path.rglob("*") if p.is_file()}
+        for parts in sorted(files):  # sorted paths would be in another order on Windows
+            digest.update(f"{'/'.join(parts)}\0{sha256(files[parts])}\n".encode())
         return digest.hexdigest()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -132,6 +302,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+LONGEST = 1000  # characters of one setting in run.json; of longer ones it holds the sha256
 FORMAT = 1  # of run.json; raise it when an older folder can no longer be continued
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -181,7 +352,7 @@ class Run:
         """
         profile = profile or os.environ.get("STAKE_PROFILE") or "quick"
         chosen = choose_profile(profile, model)
-        folder = Path(out) if out else default_folder(profile, model)
+        folder = as_folder(out) or default_folder(profile, model)
         sweep(folder)
         record_file = folder / "run.json"
         fresh = {"format": FORMAT, "profile": asdict(chosen), "stages": {}}
@@ -191,20 +362,35 @@ class Run:
     def path(self, *parts: str) -> Path:
         """A path inside the run folder; its parent folder is created."""
         path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with telling_full_disk(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def remember(self, **facts: Any) -> None:
         """Put facts (the machine, the base model) into the record."""
-        self._take_in()
-        self.record.update(facts)
-        if is_main():
-            atomic_write_json(self.path("run.json"), self.record)
+        if not is_main():
+            self._take_in()
+            self.record.update(facts)
+            return
+        with self._recording():
+            self.record.update(facts)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Change the record as it is on the disk now, one process at a time: other open notebooks write it too."""
+        action = "end that process, or wait for it, and run this again"
+        with hold(self.path(".run.json.lock"), f"another process is writing {self.folder / 'run.json'}", action, 30.0):
+            self._take_in()
+            yield
+            atomic_write_json(self.folder / "run.json", self.record)
 
     def _take_in(self) -> None:
-        """Stages that another notebook or process has finished since run.json was read are neither redone nor lost."""
-        if (file := self.folder / "run.json").exists():
-            self.record["stages"] |= json.loads(file.read_text(encoding="utf-8"))["stages"]
+        """What another notebook or process has put on record since run.json was read is neither redone nor lost."""
+        if not (file := self.folder / "run.json").exists():
+            return
+        here, saved = self.record, _parse_record(file)
+        parts = {part: {**here.get(part, {}), **saved.get(part, {})} for part in ("stages", "written")}
+        here.update(saved | parts | {k: here[k] for k in ("stakelib", "versions") if k in here})
 
     def stage(
         self,
@@ -217,9 +403,9 @@ class Run:
         """Run `work()` unless the record shows these outputs made from the same settings and inputs.
 
         `work` returns the JSON-able result that a later, skipped call gives back. Outputs are checked against their
-        recorded sha256, so a file that was edited or cut short is made again. Seconds and peak anonymous memory (MB)
-        go into the record; a helper process only works. Raises CourseError if an input is missing or `work` did not
-        leave an output.
+        recorded sha256, so a file that was edited or cut short is made again; what a person wrote is kept beside it,
+        see `keeping_edits`. Seconds and peak anonymous memory (MB) go into the record; a helper process only works.
+        Raises CourseError if an input is missing, `work` did not leave an output, or the disk is full.
         """
         if missing := [f"{self._name(p)} is missing" for p in inputs if not Path(p).exists()]:
             raise CourseError(missing, f"run the notebook before this one first (stage '{name}' needs these files)")
@@ -233,22 +419,75 @@ class Run:
         if not is_main():
             return work()
         started = time.monotonic()
-        with PeakMemory() as memory:
+        with PeakMemory() as memory, telling_full_disk(self.folder), self.keeping_edits(outputs):
             result = work()
         absent = [f"{self._name(p)} was not written" for p in outputs if not Path(p).exists()]
         if absent:
             raise CourseError(absent, f"run stage '{name}' again; if it happens twice, please report it")
-        self._take_in()
-        self.record["stages"][name] = {
+        saved = {
             **wanted,
             "outputs": {self._name(p): {"sha256": sha256(p), "bytes": size(p)} for p in outputs},
             "result": json.loads(json.dumps(result, allow_nan=False)),
             "seconds": round(time.monotonic() - started, 1),
             "peak_mb": round(memory.peak_mb),
             "finished": datetime.now().isoformat(sep=" ", timespec="minutes"),
+            "versions": self.record.get("versions", {}),
         }
-        atomic_write_json(self.path("run.json"), self.record)
-        return self.record["stages"][name]["result"]
+        with self._recording():
+            self.record["stages"][name] = saved
+        return saved["result"]
+
+    @contextlib.contextmanager
+    def keeping_edits(self, outputs: Iterable[Path]) -> Iterator[None]:
+        """Around work that writes `outputs`: a text that a person changed is kept as <name>.edited, and that is said.
+
+        Of a folder, its changed texts are kept in <folder>.edited. Weights are not kept: nobody edits them.
+        The record holds the sha256 of each text as the course wrote it last.
+        """
+        outputs = [Path(p) for p in outputs]
+        before, kept = self._texts(outputs), {}
+        for file, digest in before.items():
+            output = next(p for p in outputs if file.is_relative_to(p))
+            if self._edited(file, digest, output):
+                kept[file] = _keep(file, digest, output)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the disk may be full; the first problem is the one to tell
+                self._note_texts(self._texts(outputs), before, kept)
+            raise
+        self._note_texts(self._texts(outputs), before, kept, finished=True)
+
+    def _note_texts(
+        self, after: dict[Path, str], before: dict[Path, str], kept: dict[Path, Path], finished: bool = False
+    ) -> None:
+        """Say what was kept, and put on record what the work wrote: all that is there, if it finished."""
+        for file, copy in kept.items():
+            if after.get(file) == before[file]:
+                copy.unlink()
+                with contextlib.suppress(OSError):
+                    copy.parent.rmdir()  # <folder>.edited, if it is empty now
+                continue
+            how = "; to change rows so that they stay changed, use notebook 02" if file.suffix == ".jsonl" else ""
+            print(f"{self._name(file)} was not as the course wrote it: kept as {self._name(copy)}{how}", flush=True)
+        new = {self._name(f): digest for f, digest in after.items() if finished or before.get(f) != digest}
+        if not new.items() <= self.record.get("written", {}).items():
+            with self._recording():
+                self.record.setdefault("written", {}).update(new)
+
+    def _edited(self, file: Path, digest: str, output: Path) -> bool:
+        """Somebody else wrote this text of `output` last. A folder that the record does not know is the course's."""
+        name, written, stages = self._name(file), self.record.get("written", {}), self.record["stages"].values()
+        if name in written:
+            return digest != written[name]
+        if file == output:
+            return digest not in (s["outputs"][name]["sha256"] for s in stages if name in s["outputs"])
+        return any(n.startswith(f"{self._name(output)}/") for n in written)
+
+    def _texts(self, outputs: list[Path]) -> dict[Path, str]:
+        """sha256 of every file in `outputs` that a person could edit."""
+        files = [f for p in outputs for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+        return {f: sha256(f) for f in files if f.suffix not in NO_TEXT and f.name[0] != "." and f.is_file()}
 
     def finished(
         self, name: str, settings: dict[str, Any], inputs: Iterable[Path], outputs: Iterable[Path]
@@ -257,13 +496,14 @@ class Run:
         saved = self.record["stages"].get(name)
         if not saved or not all(Path(p).exists() for p in inputs):
             return None
-        same = all(saved[k] == v for k, v in self._wanted(settings, inputs).items())
+        wanted = self._wanted(settings, inputs)
+        same = _shortened(saved["settings"]) == wanted["settings"] and saved["inputs"] == wanted["inputs"]
         return saved if same and self._intact(saved["outputs"], outputs) else None
 
     def _wanted(self, settings: dict[str, Any], inputs: Iterable[Path]) -> dict[str, Any]:
         """What a record must say to be of these settings and inputs, as it comes back from JSON."""
         inputs = {self._name(p): sha256(p) for p in inputs}
-        return json.loads(json.dumps({"settings": settings, "inputs": inputs}))
+        return {"settings": _shortened(settings), "inputs": inputs}
 
     def _name(self, path: Path) -> str:
         """Relative to the run folder, so that a run can move to another machine; outside it, the name alone."""
@@ -287,20 +527,51 @@ def choose_profile(profile: str, model: str | None = None) -> Profile:
 
 def default_folder(profile: str, model: str | None = None) -> Path:
     """runs/<profile>, or runs/<profile>-<model> for a model that is not the profile's own."""
-    root = Path(os.environ.get("STAKE_RUN_ROOT", REPOSITORY / "runs"))
+    root = as_folder(os.environ.get("STAKE_RUN_ROOT")) or REPOSITORY / "runs"
     other = model and model != PROFILES[profile].model
     return root / (f"{profile}-{Path(model).name}" if other else profile)
 
 
-def _read_record(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    another = "choose another folder with --out, or move this one away"
+def _shortened(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the record holds them: of a long one (all scenarios, a page's texts) its size and sha256."""
+
+    def short(value: Any) -> Any:
+        text = json.dumps(value, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return json.loads(text) if len(text) <= LONGEST else f"{len(text)} characters, sha256 {digest}"
+
+    return {name: short(value) for name, value in settings.items()}
+
+
+def _keep(file: Path, digest: str, output: Path) -> Path:
+    """Copy an edited text of `output` beside it, under a name that is still free; returns the copy."""
+    for number in itertools.count(1):
+        place = output.with_name(f"{output.name}.edited" + (f"-{number}" if number > 1 else ""))
+        copy = place / file.relative_to(output) if file != output else place
+        if not copy.exists():
+            with writing(copy) as part:
+                shutil.copyfile(file, part)
+        if sha256(copy) == digest:
+            return copy
+    raise AssertionError("unreachable")
+
+
+ANOTHER = "choose another folder with --out, or move this one away"
+
+
+def _parse_record(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        made_by, kept = record["format"], dict(record["profile"])
-        dict(record["stages"])
+        _ = record["format"], dict(record["profile"]), dict(record["stages"])
     except (ValueError, KeyError, TypeError) as problem:
         what = f"{problem} is missing" if isinstance(problem, KeyError) else problem
-        raise CourseError(f"{file} cannot be read ({what})", f"restore it from a copy, or {another}") from problem
+        raise CourseError(f"{file} cannot be read ({what})", f"restore it from a copy, or {ANOTHER}") from problem
+    return record
+
+
+def _read_record(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    record, another = _parse_record(file), ANOTHER
+    made_by, kept = record["format"], dict(record["profile"])
     if made_by != FORMAT:
         raise CourseError(f"{file} has format {made_by}, this version of stakelib writes format {FORMAT}", another)
     differ = [

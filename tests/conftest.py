@@ -11,6 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window may open
+# What a test starts imports this clone's stakelib, whichever clone the environment was set up for.
+others = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *others])
 if "PYTEST_XDIST_WORKER" in os.environ:  # two files are tested at a time: more threads than cores wait for each other
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 LONGEST_FIRST = ("test_spine", "test_browser", "test_real", "test_variety", "test_never_lost", "test_mlx_life")

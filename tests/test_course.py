@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ import psutil
 import pytest
 
 import course
+from stakelib import run as run_module
+from stakelib.run import hold
 
 LINUX = ("linux", "x86_64")
+TORCH = "torch==2.13.0"
 
 
 # ------------------------------------------------------------------------------------------------- before set-up
@@ -78,18 +83,18 @@ def test_a_full_disk_stops_set_up_before_anything_is_written(
 
 
 def test_torch_plan_by_machine() -> None:
-    first, second = course.torch_plan("", *LINUX, nvidia=False)
+    first, second = course.torch_plan("", *LINUX, nvidia=False, torch=TORCH)
     assert first[:3] == ["--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu"]
-    assert first[-1] == second[-1] == "torch==2.13.0"
+    assert first[-1] == second[-1] == TORCH
     assert "--timeout 8 --retries 0" in " ".join(first)
     others = (("linux", "aarch64", False), ("darwin", "arm64", False), ("win32", "AMD64", False), (*LINUX, True))
     for elsewhere in others:
-        assert course.torch_plan("", *elsewhere) == [second]
+        assert course.torch_plan("", *elsewhere, torch=TORCH) == [second]
 
 
 @pytest.mark.parametrize(("installed", "kept"), [("2.13.0", 1), ("2.13.0+cpu", 1), ("2.13.0+cu130", 1), ("2.12.0", 0)])
 def test_a_suitable_torch_is_kept(installed: str, kept: int) -> None:
-    assert (course.torch_plan(installed, *LINUX, nvidia=False) == []) == bool(kept)
+    assert (course.torch_plan(installed, *LINUX, nvidia=False, torch=TORCH) == []) == bool(kept)
 
 
 def fake_index(folder: Path, version: str) -> str:
@@ -97,10 +102,10 @@ def fake_index(folder: Path, version: str) -> str:
     wheel = folder / "faketorch" / f"faketorch-{version}-py3-none-any.whl"
     wheel.parent.mkdir(parents=True)
     info = f"faketorch-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: faketorch\nVersion: {version}\nRequires-Dist: no-such-cuda\n"
+    about = f"Metadata-Version: 2.1\nName: faketorch\nVersion: {version}\nRequires-Dist: no-such-cuda\n"
     files = {
         "faketorch.py": f"version = {version!r}\n",
-        f"{info}/METADATA": metadata,
+        f"{info}/METADATA": about,
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     hashes = {n: base64.urlsafe_b64encode(hashlib.sha256(t.encode()).digest()).decode() for n, t in files.items()}
@@ -167,10 +172,10 @@ def test_no_index_at_all_ends_set_up_with_one_message(
 
 @pytest.fixture()
 def bare_course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """course.py with an empty folder as its .venv and one requirement; no step touches the network."""
+    """course.py with an empty folder as its .venv and two requirements; no step touches the network."""
     venv = tmp_path / ".venv"
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text("no-such-package==1.0\n", encoding="utf-8")
+    requirements.write_text(f"{TORCH}\nno-such-package==1.0\n", encoding="utf-8")
     python = venv / "python"
     monkeypatch.setattr(course, "VENV", venv)
     monkeypatch.setattr(course, "PYTHON", python)
@@ -195,31 +200,38 @@ def test_a_finished_set_up_is_skipped_until_the_requirements_change(
     monkeypatch.setattr(course, "pip", lambda python, arguments: calls.append(arguments))
     assert course.environment() == course.environment() == str(course.PYTHON)
     assert calls == [["-r", str(course.REQUIREMENTS)]]  # torch is there, so once for the rest
-    course.REQUIREMENTS.write_text("no-such-package==2.0\n", encoding="utf-8")
+    course.REQUIREMENTS.write_text(f"{TORCH}\nno-such-package==2.0\n", encoding="utf-8")
     course.environment()
     assert len(calls) == 2
 
 
-def test_set_up_goes_on_without_what_only_some_machines_can_have(
-    bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("system", ["linux", "win32", "darwin"])
+def test_set_up_goes_on_without_mlx_on_a_linux_that_is_too_old(
+    system: str, bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Set-up tries everything, then everything but the lines with a marker; a second failure is the end."""
-    lines = 'no-such-package==1.0  # needed\nmlx[cpu]==9; sys_platform == "linux"\n'
+    """Set-up tries everything, then everything but MLX; a second failure is the end, and the first one elsewhere."""
+    lines = f'-c {course.CUDA.name}\n{TORCH}\nmlx==9; sys_platform == "linux"\nmlx-cpu==9\nmlxtend==1.0  # needed\n'
     course.REQUIREMENTS.write_text(lines, encoding="utf-8")
     calls: list[list[str]] = []
 
     def pip(python: str, arguments: list[str]) -> None:
         calls.append(arguments)
-        if len(calls) == 1 or "no-such-package==1.0" in arguments and fails:
+        if len(calls) == 1 or fails:
             raise course.Stop("pip could not install mlx", "check the network")
 
     monkeypatch.setattr(course, "pip", pip)
+    monkeypatch.setattr(course, "APPLE", system == "darwin")
+    monkeypatch.setattr(course.sys, "platform", system)
     fails = False
+    if system != "linux":
+        with pytest.raises(course.Stop, match="could not install"):
+            course.set_up()
+        assert len(calls) == 1
+        return
     course.set_up()
-    assert calls == [["-r", str(course.REQUIREMENTS)], ["no-such-package==1.0"]]
+    assert calls == [["-r", str(course.REQUIREMENTS)], ["-c", str(course.CUDA), TORCH, "mlxtend==1.0"]]
     assert "without MLX: notebook 03 will say so and skip" in capsys.readouterr().out
     assert course.is_set_up()
-    assert course.unmet('mlx[cpu]==9; sys_platform == "linux"') == []  # so it is not tried again at every start
     calls.clear()
     fails = True
     with pytest.raises(course.Stop, match="could not install"):
@@ -247,6 +259,86 @@ def test_an_interrupted_set_up_is_done_again(broken: str, bare_course: Path, mon
     assert json.loads(kernel.read_text(encoding="utf-8"))["argv"] == ["python", "--IPKernelApp.log_level=40"]
 
 
+def test_pins_are_compared_by_marker_and_public_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"torch": "2.13.0+cpu", "jinja2": "3.1.6", "six": "1.0"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise metadata.PackageNotFoundError(name)
+        return here[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    never, always = 'sys_platform == "no-such-system"', 'python_version >= "3.11"'
+    assert course.unmet(["torch==2.13.0", "jinja2==3.1.6", f"gone==1; {never}", f"six==2.0; {never}"]) == []
+    assert course.unmet(["torch==2.12.0", f"gone==1; {always}", f"six==2.0; {always}", f"six==1.0; {never}"]) == [
+        "torch==2.12.0 (here: 2.13.0+cpu)",
+        "gone==1 (here: None)",
+        "six==2.0 (here: 1.0)",
+    ]
+
+
+def test_before_set_up_every_pin_is_unmet(clean_python: str) -> None:
+    """A bare Python has no library that reads markers; doctor and the first `run` must work there."""
+    ask = "import course, json; print(json.dumps([course.unmet(['pip']), course.in_own_environment()]))"
+    code, output = course.quiet([clean_python, "-c", ask])
+    assert (code, output.strip()) == (0, '[["pip"], false]')
+
+
+def test_an_environment_that_differs_is_named_before_another_one_is_made(
+    bare_course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(course, "pip", lambda python, arguments: None)
+    monkeypatch.setattr(course, "in_an_environment", lambda: True)
+    assert course.environment() == str(course.PYTHON)
+    said = capsys.readouterr().out
+    assert sys.prefix in said and "no-such-package==1.0 (here: None)" in said
+
+
+def test_the_environment_finds_stakelib_wherever_it_is_asked(clean_python: str, tmp_path: Path) -> None:
+    """An editor or a Jupyter of one's own starts kernels without PYTHONPATH; a clone's own files still come first."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def where(folder: Path) -> str:
+        ask = [clean_python, "-c", "import stakelib; print(stakelib.__file__)"]
+        return subprocess.run(ask, cwd=folder, env=env, capture_output=True, encoding="utf-8").stdout.strip()
+
+    assert where(tmp_path) == ""
+    subprocess.run([clean_python, "-c", course.LINK, str(course.ROOT)], check=True)
+    assert Path(where(tmp_path)) == course.ROOT / "stakelib" / "__init__.py"
+    (tmp_path / "stakelib").mkdir()
+    (tmp_path / "stakelib" / "__init__.py").write_text("", encoding="utf-8")
+    assert Path(where(tmp_path)).parent == tmp_path / "stakelib"
+    links = list(Path(clean_python).parents[1].rglob("stakelib-course.pth"))
+    assert [link.read_bytes().isascii() and not Path(link.read_text("ascii").strip()).is_absolute() for link in links]
+
+
+def test_only_test_adds_the_tools_of_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = tmp_path / "tools.txt"
+    installed: list[tuple[str, list[str]]] = []
+    monkeypatch.delenv(course.PARENT, raising=False)
+    monkeypatch.setattr(course, "TEST_TOOLS", tools)
+    monkeypatch.setattr(course, "environment", lambda: sys.executable)
+    monkeypatch.setattr(course, "call", lambda command, **more: 0)
+    monkeypatch.setattr(course, "pip", lambda *arguments: installed.append(arguments))
+    answer = {"missing": 1, "there": 0}
+    for state, commands in (("missing", ["run", "lab", "serve", "test"]), ("there", ["test", "test --all"])):
+        monkeypatch.setattr(course, "quiet", lambda command, state=state: (answer[state], ""))
+        for command in commands:
+            assert course.main(command.split()) == 0
+    assert installed == [(sys.executable, ["-r", str(tools)])]
+
+
+def test_tools_that_are_there_are_not_installed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(course, "pip", lambda python, arguments: asked.append(arguments[-1]))
+    shutil.copy(course.__file__, tmp_path)
+    monkeypatch.setattr(course, "ROOT", tmp_path)  # so that this copy is asked, about the file beside it
+    for pin, wanted in ((f"pytest=={pytest.__version__}", 0), ("pytest==0.0.1", 1)):
+        (tmp_path / "requirements-dev.txt").write_text(f"# tools\n{pin}\n", encoding="utf-8")
+        course.add_test_tools(sys.executable)
+        assert len(asked) == wanted
+
+
 def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(course.PARENT, "1")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
@@ -258,30 +350,6 @@ def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------------- run
 
 
-STUB_RUN = """
-from pathlib import Path
-class CourseError(Exception):
-    def __init__(self, problems, next_action):
-        self.problems, self.next_action = problems, next_action
-        super().__init__("\\n".join([*("- " + p for p in problems), "What to do next: " + next_action]))
-class Profile:
-    name, model = "smoke", "tiny"
-class Run:
-    profile = Profile
-    @classmethod
-    def open(cls, out, profile, model):
-        if profile != "smoke":
-            raise CourseError([f"profile '{profile}' is unknown", "second problem"], "choose smoke")
-        run = cls()
-        run.folder = Path(out or "runs")
-        return run
-    def path(self, *parts):
-        path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-def clock(seconds):
-    return f"{seconds:.0f} s"
-"""
 HEAD = "profile = 'quick'\nmodel = None\nout = None"
 FIRST = "import sys, pathlib\nprint('kernel', sys.executable)\nprint('parameters', profile, model)\n"
 FIRST += "pathlib.Path(out, 'report.html').write_text('x', encoding='utf-8')"
@@ -294,9 +362,9 @@ def small_course(tmp_path: Path) -> Path:
     (tmp_path / "stakelib").mkdir()
     (tmp_path / "notebooks").mkdir()
     shutil.copy(course.__file__, tmp_path / "course.py")
-    files = {"requirements-cpu.txt": "papermill\n", "requirements-m1.txt": "papermill\n", "stakelib/__init__.py": ""}
-    files |= {"stakelib/run.py": STUB_RUN, "stakelib/training.py": "print('it fits')\n"}
-    pin = f"papermill=={course.unmet('papermill==0')[0].split(': ')[1].rstrip(')')}\n"
+    files = {"stakelib/__init__.py": "__version__ = '0'\n", "stakelib/training.py": "print('it fits')\n"}
+    shutil.copy(run_module.__file__, tmp_path / "stakelib" / "run.py")
+    pin = f"papermill=={metadata.version('papermill')}\n"
     files |= {"requirements-cpu.txt": pin, "requirements-m1.txt": pin}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -307,8 +375,8 @@ def small_course(tmp_path: Path) -> Path:
 
 def write_notebook(path: Path, code: str) -> None:
     head = nbformat.v4.new_code_cell(HEAD, metadata={"tags": ["parameters"]})
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell(code)], metadata=metadata)
+    about = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell(code)], metadata=about)
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
 
 
@@ -339,7 +407,8 @@ def test_run_executes_reports_and_stops_at_the_failing_cell(small_course: Path) 
     copy = small_course / "r" / "notebooks" / "04_second.ipynb"
     assert str(copy) in output
     assert "row 7 is wrong" in copy.read_text(encoding="utf-8")
-    assert not (small_course / "r" / ".lock").exists()
+    with hold(small_course / "r" / ".lock", "taken", "wait"):
+        pass  # the folder is free again
     code, output = finish(start(small_course, "--only", "1"))
     assert code == 0
     assert f"Report: {small_course / 'r' / 'report.html'}" in output
@@ -349,7 +418,7 @@ def test_run_executes_reports_and_stops_at_the_failing_cell(small_course: Path) 
 def test_wrong_names_are_refused_without_a_traceback(small_course: Path) -> None:
     for arguments, words in (
         (("--only", "01,07,9"), "no notebook 07, 09\nWhat to do next: choose from: 01, 04"),
-        (("--profile", "huge"), "- profile 'huge' is unknown\n- second problem\nWhat to do next: choose smoke"),
+        (("--profile", "huge"), "- profile 'huge' is unknown\nWhat to do next: choose one of: smoke"),
         (("--nonsense",), "unknown: --nonsense"),
     ):
         code, output = finish(start(small_course, *arguments))
@@ -386,13 +455,16 @@ def sleeping(small_course: Path) -> Iterator[tuple[Path, subprocess.Popen[str], 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to consoles, not to processes")
 def test_ctrl_c_ends_everything_and_frees_the_folder(sleeping: Any) -> None:
     folder, process, family = sleeping
-    assert finish(start(folder, "--only", "01"))[1].count("another run") == 1  # the folder is taken
+    code, output = finish(start(folder, "--only", "01"))
+    worker = next(member for member in family if "course.py" in " ".join(member.cmdline()))
+    assert code == 1 and f"another run is using {folder / 'r'} (process {worker.pid}, since" in output
     os.killpg(process.pid, signal.SIGINT)
     code, output = finish(process)
     assert code == 130, output
     assert "Stopped. To go on, run the same command again" in output
     assert wait_for(lambda: not any(member.is_running() for member in family))
-    assert not (folder / "r" / ".lock").exists()
+    with hold(folder / "r" / ".lock", "taken", "wait"):
+        pass
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
@@ -402,22 +474,76 @@ def test_a_killed_launcher_takes_worker_and_kernel_with_it(sleeping: Any) -> Non
     process.kill()
     gone = [lambda m=m: not m.is_running() or m.status() == psutil.STATUS_ZOMBIE for m in family]
     assert wait_for(lambda: all(test() for test in gone))
-    with course.only_one(folder / "r"):  # the lock that it left is taken over
-        assert (folder / "r" / ".lock").exists()
+    with hold(folder / "r" / ".lock", "taken", "wait"):
+        pass  # the system has let go of its lock
 
 
-def test_a_lock_belongs_to_one_living_process(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    with course.only_one(tmp_path):
-        held = lock.read_text(encoding="utf-8")
-        with pytest.raises(course.Stop, match="another run"), course.only_one(tmp_path):
-            pytest.fail("two runs in one folder")
-        assert lock.read_text(encoding="utf-8") == held
-    pid, started = json.loads(held)
-    for stale in ([pid, started - 60], [2**30, started], "half written"):
-        lock.write_text(json.dumps(stale)[:12] if isinstance(stale, str) else json.dumps(stale), encoding="utf-8")
-        with course.only_one(tmp_path):
-            assert json.loads(lock.read_text(encoding="utf-8"))[0] == os.getpid()
+def test_a_broken_estimate_of_the_time_stops_no_run(small_course: Path) -> None:
+    file = small_course / "r" / "notebooks" / "timings.json"
+    file.parent.mkdir(parents=True)
+    for broken in ('{"01_first": 3', "[1, 2]", '{"01_first": "long", "04_second": null}', "\0\0\0"):
+        file.write_text(broken, encoding="utf-8")
+        code, output = finish(start(small_course, "--only", "1"))
+        assert (code, "Traceback" in output) == (0, False), output
+        assert json.loads(file.read_text(encoding="utf-8"))["01_first"] >= 0
+
+
+@pytest.mark.parametrize("place", ["with {braces} {out}", "r { "])
+def test_braces_in_paths_are_only_letters(small_course: Path, place: str) -> None:
+    moved = small_course.parent / f"{small_course.name} {{course}}"
+    small_course.rename(moved)
+    code, output = finish(start(moved, "--only", "1", "--out", place))
+    assert code == 0, output
+    assert (moved / place / "notebooks" / "01_first.ipynb").exists()
+
+
+def test_folders_of_the_environment_are_settled_once(
+    small_course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels work in notebooks/, so a relative folder would be another one there; an empty name is no folder."""
+    code = "import os, json\nnames = ('STAKE_CACHE', 'STAKE_RUN_ROOT')\n"
+    code += "print('FOLDERS', json.dumps([os.environ.get(n) for n in names]))"
+    write_notebook(small_course / "notebooks" / "01_first.ipynb", code)
+    home = str(Path.home())
+    cases = [("mycache", str(small_course / "mycache")), ("", None), ("  ", None), ("~/x", os.path.join(home, "x"))]
+    for given, wanted in cases:
+        monkeypatch.setenv("STAKE_CACHE", given)
+        monkeypatch.setenv("STAKE_RUN_ROOT", given)
+        output = finish(start(small_course, "--only", "1"))[1]
+        assert json.loads(output.split("FOLDERS ")[1].splitlines()[0]) == [wanted, wanted]
+    assert not (small_course / "~").exists()
+
+
+def test_an_older_executed_copy_stays_where_the_new_one_cannot_be_written(
+    small_course: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import papermill
+
+    copy = small_course / "r" / "04_second.ipynb"
+    copy.parent.mkdir()
+    copy.write_text("{}", encoding="utf-8")
+
+    def execute(notebook: str, part: str, *_: Any, **__: Any) -> None:
+        Path(part).write_text('{"cells": [', encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    with pytest.raises(course.Stop, match=r"the disk of .* is full(.|\n)*next: make room"):
+        course.execute(small_course / "notebooks" / "04_second.ipynb", copy, {}, course.Terminal())
+    assert copy.read_text(encoding="utf-8") == "{}"
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.parametrize(
+    "said", ["OSError: [Errno 28] No space left on device", "OSError: There is not enough space on the disk"]
+)
+def test_a_full_disk_in_a_cell_is_named(small_course: Path, said: str) -> None:
+    write_notebook(small_course / "notebooks" / "01_first.ipynb", f"raise RuntimeError({said!r})")
+    code, output = finish(start(small_course, "--only", "1"))
+    assert code == 1 and f"the disk of {small_course / 'r' / 'notebooks'} is full" in output
+    assert "What to do next: make room on that disk" in output and "run the same command again" in output
+    write_notebook(small_course / "notebooks" / "01_first.ipynb", "raise RuntimeError('the twin')")
+    assert "is full" not in finish(start(small_course, "--only", "1"))[1]
 
 
 # ------------------------------------------------------------------------------------------------- output

@@ -6,19 +6,25 @@ Every rule is a function that returns problems; a planted violation shows that i
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import lock
 import notebook_gate as gate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import course
 
@@ -170,13 +176,6 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def pins(text: str) -> dict[str, str]:
-    """Requirement lines as {name: version}; options and comments left out."""
-    lines = [line.split("#")[0].split(";")[0].strip() for line in text.splitlines()]
-    named = [line.partition("==")[::2] for line in lines if line and not line.startswith("-")]
-    return {name.partition("[")[0]: version for name, version in named}
-
-
 # ------------------------------------------------------------------------------------------------- the house itself
 
 
@@ -240,35 +239,184 @@ def test_no_symlinks() -> None:
     assert links == []
 
 
-def test_every_pin_is_exact_and_the_same_everywhere() -> None:
-    cpu, m1 = (pins((ROOT / f"requirements-{x}.txt").read_text(encoding="utf-8")) for x in ("cpu", "m1"))
-    assert all(re.fullmatch(r"[0-9][0-9.]*", version) for version in m1.values()), m1  # so no +cpu either
-    assert m1.keys() - cpu.keys() == set()
-    assert cpu.keys() - m1.keys() == {"bitsandbytes"}
-    assert [name for name in m1.keys() & cpu.keys() if m1[name] != cpu[name]] == []
-    assert f"torch=={cpu['torch']}" == course.TORCH
-    lines = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
-    marker, elsewhere = 'sys_platform == "darwin" and platform_machine == "arm64"', 'sys_platform != "darwin"'
-    linux = 'sys_platform == "linux"'
-    split = [line.partition("; ")[::2] for line in lines if not line.startswith("-")]
-    assert pins("\n".join(line for line, _ in split)) == m1 | cpu
-    assert {line.partition("==")[0] for line, only in split if only == marker} == {"mlx", "mlx-lm"}
-    assert {line.partition("==")[0] for line, only in split if only == elsewhere} == {"bitsandbytes"}
-    # on Linux to prove the Mac's back-end; a marker also says that set-up goes on where it cannot be had
-    assert {line.partition("==")[0] for line, only in split if only == linux} == {"mlx[cpu]", "mlx-lm"}
-    assert {only for _, only in split} == {"", marker, elsewhere, linux}
+CASES = [(system, python) for system in lock.PLATFORMS for python in lock.PYTHONS]
+LISTS = {"cpu": ("linux", "win32"), "m1": ("darwin",), "dev": tuple(lock.PLATFORMS)}  # the systems of each list
+
+
+def holds(requirement: Requirement, system: str, python: str) -> bool:
+    """Whether its marker is true on a system and a Python of the course."""
+    names = {"linux": "Linux", "win32": "Windows", "darwin": "Darwin"}
+    machines = {"linux": "x86_64", "win32": "AMD64", "darwin": "arm64"}
+    case = {"sys_platform": system, "platform_system": names[system], "platform_machine": machines[system]}
+    case |= {"os_name": "nt" if system == "win32" else "posix", "python_version": python, "extra": ""}
+    case |= {"python_full_version": f"{python}.9", "platform_python_implementation": "CPython"}
+    return requirement.marker is None or requirement.marker.evaluate(case)
+
+
+def parsed(lines: list[str]) -> list[Requirement]:
+    return [Requirement(line) for line in lines if not line.startswith("-")]
+
+
+def requirements_of(name: str) -> list[Requirement]:
+    return parsed(course.pins(ROOT / f"requirements-{name}.txt"))
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """Requirements of pyproject.toml: the base ones under the name "base", else those of an extra."""
+    project = pyproject()["project"]
+    known = project["optional-dependencies"] | {"base": project["dependencies"]}
+    return parsed([line for extra in extras for line in known[extra]])
+
+
+def versions(requirements: list[Requirement], system: str, python: str) -> dict[str, str]:
+    """{name: version} of one case. Raises AssertionError for a loose pin and for a package that comes twice."""
+    here = [r for r in requirements if holds(r, system, python)]
+    assert [str(r) for r in here if not re.fullmatch(r"==[0-9][\w.]*", str(r.specifier))] == []
+    pinned = [(canonicalize_name(r.name), str(r.specifier)[2:]) for r in here]
+    assert len(dict(pinned)) == len(pinned), sorted(pinned)
+    return dict(pinned)
+
+
+@pytest.mark.parametrize(("name", "system", "python"), [(n, s, p) for n in LISTS for s, p in CASES if s in LISTS[n]])
+def test_the_lists_hold_the_versions_of_pyproject_for_each_system_and_python(
+    name: str, system: str, python: str
+) -> None:
+    wanted = versions(declared("dev") if name == "dev" else declared("base", name), system, python)
+    listed = versions(requirements_of(name), system, python)
+    assert {package: listed.get(package) for package in wanted} == wanted
+    if name == "dev":  # what both lists hold is the same, or the tests would change what the course runs with
+        other = versions(requirements_of("m1" if system == "darwin" else "cpu"), system, python)
+        assert {p: (v, other[p]) for p, v in listed.items() if other.get(p, v) != v} == {}
+        assert other.keys().isdisjoint({"pytest", "hypothesis", "ruff", "playwright", "pre-commit", "uv", "nbval"})
+
+
+def test_conda_users_get_the_same() -> None:
+    wanted = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    lines = wanted[-1]["pip"]
+    assert wanted[0] == f"python{pyproject()['project']['requires-python']}"
+    assert {"--extra-index-url " + course.CPU_INDEX, f"-c {course.CUDA.name}", "-e ."} < set(lines)
+    for system, python in CASES:
+        other = requirements_of("m1" if system == "darwin" else "cpu")
+        assert versions(parsed(lines), system, python) == versions(other, system, python)
+
+
+def test_a_package_has_one_version_on_every_system() -> None:
+    for python in lock.PYTHONS:
+        first, *others = (
+            versions(requirements_of(name), system, python)
+            for name, system in (("cpu", "linux"), ("cpu", "win32"), ("m1", "darwin"))
+        )
+        for other in others:
+            assert {p: v for p, v in other.items() if first.get(p, v) != v} == {}
+
+
+def test_cuda_is_never_asked_for() -> None:
+    """Its versions are fixed in a file of constraints, which installs nothing where torch is built for CPUs."""
+    cuda = versions(requirements_of("cuda"), "linux", "3.12")
+    assert len(cuda) > 10 and all(lock.CUDA.match(f"{name}==") for name in cuda)
+    for name in LISTS:
+        assert [r.name for r in requirements_of(name) if lock.CUDA.match(f"{r.name}==")] == []
     text = (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8")
-    assert [line.split("==")[0] for line in text.splitlines() if f"; {linux}" in line] == ["mlx[cpu]", "mlx-lm"]
+    assert [line for line in text.splitlines() if line.startswith("-")] == [f"-c {course.CUDA.name}"]
+
+
+def test_the_lists_hold_the_whole_tree() -> None:
+    """Whatever an installed package asks for is pinned too, so that nothing is left to the day of the set-up."""
+    system, python = sys.platform, ".".join(map(str, sys.version_info[:2]))
+    if (system, python) not in CASES:
+        pytest.skip(f"{system}, Python {python}: not one of the course's own")
+    listed = [r for name in (course.REQUIREMENTS.stem.partition("-")[2], "dev") for r in requirements_of(name)]
+    pinned = {**versions(requirements_of("cuda"), system, python)}
+    pinned |= {name: v for r in listed for name, v in versions([r], system, python).items()}
+    problems = []
+    for name in pinned:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for asked in parsed(metadata.requires(name) or []):
+                package = canonicalize_name(asked.name)
+                if holds(asked, system, python) and pinned.get(package, "none") not in asked.specifier:
+                    problems.append(f"{name} asks for {asked}, the lists hold {pinned.get(package)}")
+    assert problems == []
+
+
+def test_the_pythons_are_those_that_the_launcher_accepts() -> None:
     low, high = (".".join(map(str, v)) for v in (course.PYTHON_FROM, course.PYTHON_BELOW))
     assert pyproject()["project"]["requires-python"] == f">={low},<{high}"
+    minors = range(course.PYTHON_FROM[1], course.PYTHON_BELOW[1])
+    assert tuple(f"3.{minor}" for minor in minors) == lock.PYTHONS
 
 
 def test_pins_are_what_is_installed_here() -> None:
-    assert course.unmet((ROOT / "requirements-cpu.txt").read_text(encoding="utf-8")) == []
-    assert course.unmet("psutil==0.0.1\nno-such-package-here==1") == [
-        f"psutil==0.0.1 (here: {pins(course.REQUIREMENTS.read_text(encoding='utf-8'))['psutil']})",
-        "no-such-package-here==1 (here: None)",
-    ]
+    assert course.unmet(course.needed()) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_markers_give_each_case_its_own(seed: int) -> None:
+    """Any tree, written as lines and read again, is the same tree."""
+    dice = random.Random(seed)
+    some = {case: {f"p{n}=={dice.randint(1, 2)}" for n in range(6) if dice.random() < 0.7} for case in CASES}
+    tree = {case: pins for case, pins in some.items() if seed % 2 or case[0] != "darwin"}
+    lines = parsed(lock.lines(tree))
+    for (system, python), pins in tree.items():
+        assert {f"{r.name}{r.specifier}" for r in lines if holds(r, system, python)} == pins
+
+
+# Modules that a file needs without an import of its own; each stands in pyproject.toml for this reason.
+UNSEEN = {
+    "bitsandbytes": "transformers loads it for 8 and 4 bits",
+    "ipykernel": "the notebooks' kernel",
+    "jupyterlab": "course.py lab",
+    "nbval": "course.py test",
+    "openpyxl": "pandas reads .xlsx with it",
+    "packaging": "course.py reads markers with it",
+    "pre-commit": "the hooks",
+    "protobuf": "transformers reads sentencepiece's models with it",
+    "pytest-xdist": "course.py test",
+    "ruff": "the hooks",
+    "uv": "tests/lock.py",
+}
+
+
+def imported(paths: list[Path]) -> set[str]:
+    """Top-level modules that .py files and code cells import, without the standard library and our own."""
+    own = {"stakelib", "course", "benchmarks"} | {
+        p.stem for d in ("tests", "benchmarks") for p in (ROOT / d).glob("*.py")
+    }
+    names = set()
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            cells = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+            text = "\n".join(line for cell in cells for line in cell.splitlines() if not re.match(r"\s*[%!]", line))
+        for node in ast.walk(ast.parse(text)):
+            names |= {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.add((node.module or "").split(".")[0])
+    return names - own - sys.stdlib_module_names
+
+
+def undeclared(modules: set[str], names: set[str]) -> list[str]:
+    """Modules of which no distribution stands in `names`; one that is not installed here is taken by its own name."""
+    homes = metadata.packages_distributions()
+    return sorted(m for m in modules if not {canonicalize_name(d) for d in homes.get(m, [m])} & names)
+
+
+LEARNER = [*STAKELIB.rglob("*.py"), ROOT / "course.py", *NOTEBOOKS]
+DEVELOPER = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+
+
+def test_everything_imported_is_declared_where_it_is_needed() -> None:
+    learner = {canonicalize_name(r.name) for r in declared("base", "cpu", "m1")}
+    assert undeclared(imported(LEARNER), learner) == []
+    assert undeclared(imported(DEVELOPER), learner | {canonicalize_name(r.name) for r in declared("dev")}) == []
+    assert undeclared({"pytest", "yaml", "no_such_module"}, learner) == ["no_such_module", "pytest"]
+
+
+def test_everything_declared_is_used() -> None:
+    homes = metadata.packages_distributions()
+    used = {canonicalize_name(d) for m in imported([*LEARNER, *DEVELOPER]) for d in homes.get(m, [m])}
+    named = {canonicalize_name(r.name) for r in declared("base", "cpu", "m1", "dev")}
+    assert sorted(named - used - UNSEEN.keys()) == []
+    assert sorted(UNSEEN.keys() - named) == []
 
 
 def test_every_test_runs_in_ci_and_asserts() -> None:

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import tempfile
+import time
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from full_disk import FullDisk
 
+import stakelib.dialogues  # noqa: F401
 from stakelib import run as run_module
+from stakelib.models.catalog import cache_folder
 from stakelib.run import (
     FORMAT,
     CourseError,
     Progress,
     Run,
+    append_line,
+    as_folder,
     atomic_write_json,
     atomic_write_text,
     clock,
     default_folder,
+    hold,
     sha256,
     writing,
 )
+
+prepare_module = sys.modules["stakelib.dialogues.prepare"]  # the package exports the function under this name
 
 # ------------------------------------------------------------------------------------------------- atomic writes
 
@@ -139,6 +154,140 @@ def test_sha256_of_a_folder_sees_contents_names_and_places(tmp_path: Path) -> No
     assert sha256(atomic_write_text(tmp_path / "hello", "hello")) == known
 
 
+def test_sha256_of_a_folder_is_the_same_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("README.md", "adapter_config.json", "a/x", "a-b/x", "B/x", "Z.txt")
+    for name in names:
+        atomic_write_text(tmp_path / "f" / name, name)
+    lines = (f"{n}\0{hashlib.sha256(n.encode()).hexdigest()}\n" for n in sorted(names, key=lambda n: n.split("/")))
+    wanted = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert sha256(tmp_path / "f") == wanted
+    rules_here = prepare_module.rules()
+    monkeypatch.setattr(PurePath, "__lt__", lambda a, b: str(a).lower() < str(b).lower())  # as Windows sorts paths
+    assert sorted([Path("README"), Path("a")]) == [Path("a"), Path("README")]
+    assert sha256(tmp_path / "f") == wanted
+    assert prepare_module.rules() == rules_here
+
+
+@pytest.mark.parametrize("moment", ["after the first rename", "before the first rename", "after the second rename"])
+def test_a_power_cut_between_two_renames_loses_no_folder(moment: str, home: Path) -> None:
+    """What a killed process of this number left; the next start puts the old folder back, and only then."""
+    run = Run.open(home / "run", "smoke")
+    path = old_one(run.path("models"), "folder") if run.path("models").mkdir() is None else home
+    before, dead = sha256(path), 2**22 + 12345
+    part, old = (path.with_name(f".thing.{dead}-0123abcd{end}") for end in (".part", ".old"))
+    fill(part, "folder")
+    if moment == "after the first rename":
+        path.rename(old)
+    if moment == "after the second rename":
+        path.rename(old)
+        part.rename(path)
+    Run.open(run.folder, "smoke")
+    assert [p.name for p in path.parent.iterdir()] == ["thing"]
+    assert (sha256(path) == before) == (moment != "after the second rename")
+    assert (path / ("one.txt" if moment == "after the second rename" else "kept.txt")).exists()
+
+
+def test_a_number_that_another_process_has_got_since_loses_no_folder(home: Path) -> None:
+    run = Run.open(home / "run", "smoke")
+    old = run.path(f".thing.{os.getppid()}-0123abcd.old")
+    fill(old, "folder")
+    Run.open(run.folder, "smoke")
+    assert [p.name for p in run.folder.iterdir()] == ["thing"]
+
+
+# ------------------------------------------------------------------------------------------------- a full disk
+
+FULL = {
+    "written by us": OSError(errno.ENOSPC, "No space left on device"),
+    "a quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "safetensors": ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "Windows": OSError("[WinError 112] There is not enough space on the disk"),
+    "a converter": CourseError(["the converter failed", "OSError: [Errno 28] No space left on device"], "report it"),
+}
+WORDLESS = {
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    "a stream": RuntimeError("basic_ios::clear: iostream error"),
+    "numpy": OSError("4096 requested and 0 written"),
+    "a converter": CourseError("the converter failed", "report it"),
+}
+
+
+@pytest.mark.parametrize(
+    "problem", [*FULL.values(), *WORDLESS.values()], ids=[*FULL, *(f"{n}, wordless" for n in WORDLESS)]
+)
+def test_a_full_disk_is_named_whoever_notices(
+    problem: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = old_one(tmp_path, "folder")
+    before = sha256(path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
+    with pytest.raises(CourseError, match="is full, with 0.0 MB free") as told, writing(path) as part:
+        fill(part, "folder")
+        raise problem
+    assert str(tmp_path) in str(told.value) and "make room on that disk" in told.value.next_action
+    assert sha256(path) == before and not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**10))
+    with pytest.raises(Exception, match=".") as told, writing(path):
+        raise problem
+    assert ("is full" in str(told.value)) == (problem in FULL.values())  # the twin: there is room, so it is not that
+
+
+def test_a_full_disk_of_another_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=0 if Path(p) == elsewhere else 10**10))
+    with pytest.raises(CourseError, match=rf"disk of {re.escape(str(elsewhere))} is full"), writing(tmp_path / "x"):
+        raise RuntimeError("iostream error")
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "votes.jsonl"
+    append_line(file, "first")
+    with monkeypatch.context() as patch, pytest.raises(CourseError, match="is full"):
+        FullDisk(tmp_path, 1).plant(patch)
+        append_line(file, "é" * 50_000)
+    append_line(file, "second")
+    assert file.read_text(encoding="utf-8") == "first\nsecond\n"
+
+
+# ------------------------------------------------------------------------------------------------- locks
+
+HOLDS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from stakelib.run import hold
+with hold(Path({file!r}), "taken", "wait"):
+    print("HELD", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_belongs_to_one_living_process(tmp_path: Path, repository: Path) -> None:
+    lock = tmp_path / "deep" / ".lock"
+    command = [sys.executable, "-c", HOLDS.format(root=str(repository), file=str(lock))]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") for _ in range(2)]
+    try:  # of two that start at the same moment one gets it
+        assert others[0].stdout is not None and others[1].stdout is not None
+        ended = next(i for i in itertools.cycle((0, 1)) if others[i].poll() is not None or time.sleep(0.05))
+        holder = others[1 - ended]
+        assert holder.stdout is not None and holder.stdout.readline() == "HELD\n"
+        with pytest.raises(CourseError, match=rf"taken \(process {holder.pid}, since 2"), hold(lock, "taken", "wait"):
+            pytest.fail("two at once")
+    finally:
+        for other in others:
+            other.kill()  # the system lets go of the lock, whatever the clock says
+            other.communicate()
+    lock.write_text(f"[{os.getpid()}, 1e12]", encoding="utf-8")  # of an older version, or half written
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(lock, "taken", "wait"))
+        with pytest.raises(CourseError, match=rf"process {os.getpid()}"):
+            stack.enter_context(hold(lock, "taken", "wait"))
+    with hold(lock, "taken", "wait"):
+        pass
+
+
 # ------------------------------------------------------------------------------------------------- stages
 
 
@@ -209,6 +358,99 @@ def test_what_is_no_change_is_not_taken_for_one(change: str, stage: Stage) -> No
     assert stage()["attempt"] == 1
 
 
+def test_what_a_person_changed_in_an_output_is_kept(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage()
+    edits = [f"mine {n}" for n in range(3)]
+    for text in (edits[0], edits[1], edits[1], edits[2]):
+        stage.output.write_text(text, encoding="utf-8")
+        stage()
+        assert "kept as deep/out.txt.edited" in capsys.readouterr().out
+    kept = sorted(stage.output.parent.glob("out.txt.edited*"))
+    assert [p.read_text(encoding="utf-8") for p in kept] == edits  # one each, however often
+    stage.input.write_text("other", encoding="utf-8")  # the twin: the course's own old text is no edit
+    stage()
+    stage.settings.update(rate=3)
+    stage()
+    assert sorted(stage.output.parent.glob("out.txt.edited*")) == kept
+    assert "kept" not in capsys.readouterr().out
+
+
+def test_rows_that_a_person_changed_point_to_the_review(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Stage(home / "run")
+    stage.output = stage.folder / "training_data" / "train.jsonl"
+    stage()
+    stage.output.write_text("mine", encoding="utf-8")
+    stage()
+    line = next(x for x in capsys.readouterr().out.splitlines() if "train.jsonl.edited" in x)
+    assert "notebook 02" in line
+    assert stage.output.with_name("train.jsonl.edited").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_person_s_text_is_kept_when_the_work_fails_and_what_failed_work_wrote_is_not(stage: Stage) -> None:
+    """As `prepare` does it: rows that a gate refuses are written, and the stage fails."""
+    stage()
+    work, kept = stage.work, stage.output.with_name("out.txt.edited")
+
+    def fail() -> dict[str, Any]:
+        work()
+        raise CourseError("a gate refuses row 3", "mend it")
+
+    stage.work = fail
+    for rate in (1, 2, 3):
+        stage.settings.update(rate=rate)
+        stage.input.write_text(f"given {rate}", encoding="utf-8")
+        with pytest.raises(CourseError, match="row 3"):
+            stage()
+        assert not kept.exists()
+    stage.output.write_text("mine", encoding="utf-8")
+    stage.work = lambda: pytest.fail("before it wrote anything")
+    with pytest.raises(pytest.fail.Exception):
+        stage()
+    assert stage.output.read_text(encoding="utf-8") == "mine" and not kept.exists()
+    stage.work = work
+    stage()
+    assert kept.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_that_was_there_before_the_first_run_is_kept(stage: Stage) -> None:
+    atomic_write_text(stage.output, "mine")
+    stage()
+    assert stage.output.with_name("out.txt.edited").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_killed_stage_that_is_done_again_leaves_nothing_beside(stage: Stage) -> None:
+    stage.work()  # and killed before it was on record
+    stage()
+    assert [p.name for p in stage.output.parent.iterdir()] == ["out.txt"]
+
+
+def test_changed_texts_of_a_folder_are_kept_and_weights_are_not(home: Path) -> None:
+    run, folder = Run.open(home / "run", "smoke"), home / "run" / "models" / "x-lora"
+
+    def work() -> dict[str, Any]:
+        with writing(folder) as part:
+            part.mkdir()
+            (part / "README.md").write_text("card", encoding="utf-8")
+            (part / "config.json").write_text("{}", encoding="utf-8")
+            (part / "adapter_model.safetensors").write_bytes(b"weights")
+        return {}
+
+    def again(rate: int) -> None:
+        Run.open(run.folder, "smoke").stage("train", {"rate": rate}, [], [folder], work)
+
+    again(1)
+    again(2)
+    kept = folder.with_name("x-lora.edited")
+    assert not kept.exists()
+    (folder / "README.md").write_text("my card", encoding="utf-8")
+    (folder / "notes.txt").write_text("my notes", encoding="utf-8")
+    (folder / "adapter_model.safetensors").write_bytes(b"spoiled")
+    again(2)
+    texts = {p.name: p.read_text(encoding="utf-8") for p in kept.iterdir()}
+    assert texts == {"README.md": "my card", "notes.txt": "my notes"}
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_model.safetensors", "config.json"]
+
+
 def test_a_run_folder_can_move(stage: Stage, home: Path) -> None:
     stage()
     stage.folder.rename(home / "elsewhere")
@@ -249,6 +491,73 @@ def test_what_another_process_finished_is_neither_redone_nor_lost(stage: Stage) 
     other.stage("short", {}, [], [], dict)
     one.stage("next", {}, [], [], dict)
     assert set(Run.open(stage.folder, "smoke").record["stages"]) == {"long", "short", "next"}
+
+
+def test_facts_of_another_open_notebook_are_kept(stage: Stage) -> None:
+    one, other = (Run.open(stage.folder, "smoke") for _ in range(2))
+    one.remember(machine={"cores": 2}, shared="old")
+    other.remember(mlx={"done": "proved"}, shared="new")
+    one.stage("next", {}, [], [], dict)
+    other.remember(k_quants="none")
+    record = Run.open(stage.folder, "smoke").record
+    assert (record["machine"], record["mlx"], record["k_quants"]) == ({"cores": 2}, {"done": "proved"}, "none")
+    assert record["shared"] == "new" and "next" in record["stages"]
+
+
+WRITES = """
+import sys
+sys.path.insert(0, {root!r})
+from stakelib.run import Run
+run = Run.open({folder!r}, "smoke")
+for n in range(10):
+    run.remember(**{{f"{name}{{n}}": n}})
+"""
+
+
+def test_two_processes_that_write_the_record_at_once_lose_nothing(home: Path, repository: Path) -> None:
+    codes = [WRITES.format(root=str(repository), folder=str(home / "run"), name=name) for name in ("a", "b", "c")]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert [p.wait(60) for p in processes] == [0, 0, 0]
+    record = Run.open(home / "run", "smoke").record
+    assert [n for n in (f"{name}{i}" for name in "abc" for i in range(10)) if n not in record] == []
+
+
+def test_each_stage_remembers_the_versions_that_made_it(stage: Stage) -> None:
+    stage()
+    again = Run.open(stage.folder, "smoke")
+    again.record["versions"] = {"torch": "9.9"}
+    again.stage("later", {}, [], [], dict)
+    record = json.loads((stage.folder / "run.json").read_text(encoding="utf-8"))
+    assert record["stages"]["test"]["versions"]["torch"].startswith("2.")
+    assert record["stages"]["later"]["versions"] == record["versions"] == {"torch": "9.9"}
+
+
+def test_long_settings_are_on_record_as_their_sha256(stage: Stage) -> None:
+    stage.settings["scenarios"] = [{"name": f"scenario {n}", "mw": n / 7} for n in range(2000)]
+    stage()
+    file = stage.folder / "run.json"
+    assert file.stat().st_size < 4000
+    assert json.loads(file.read_text(encoding="utf-8"))["stages"]["test"]["settings"]["rate"] == 0.5
+    assert stage()["attempt"] == 1
+    stage.settings["scenarios"][1999]["mw"] += 1
+    assert stage()["attempt"] == 2
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["stages"]["test"]["settings"] = json.loads(json.dumps(stage.settings))  # as older versions wrote it
+    atomic_write_json(file, record)
+    assert stage()["attempt"] == 2
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "list", "bytes"])
+def test_a_record_that_breaks_during_a_run_is_named_and_kept(kind: str, stage: Stage) -> None:
+    run = Run.open(stage.folder, "smoke")
+    run.remember(a=1)
+    broken, file = BROKEN[kind], stage.folder / "run.json"
+    file.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    before = file.read_bytes()
+    for work in (lambda: run.remember(b=2), lambda: run.stage("x", {}, [], [], dict)):
+        with pytest.raises(CourseError, match=r"run\.json cannot be read(.|\n)*restore it from a copy"):
+            work()
+        assert file.read_bytes() == before
 
 
 def test_the_record_says_how_long_and_how_much(stage: Stage) -> None:
@@ -346,6 +655,29 @@ def test_where_a_run_lies_by_default(home: Path, monkeypatch: pytest.MonkeyPatch
     assert opened().profile.name == "quick"
     monkeypatch.delenv("STAKE_RUN_ROOT")
     assert default_folder("quick") == Path(run_module.__file__).parents[1] / "runs" / "quick"
+
+
+@pytest.mark.parametrize("name", ["STAKE_CACHE", "STAKE_RUN_ROOT"])
+def test_folders_may_be_given_with_a_tilde_relative_or_empty(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(run_module.__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+
+    def place() -> Path:
+        return cache_folder() if name == "STAKE_CACHE" else default_folder("smoke").parent
+
+    home = Path.home()
+    usual = root / (".cache" if name == "STAKE_CACHE" else "runs")
+    for given, wanted in (("~/x", home / "x"), ("x", tmp_path / "x"), ("", usual), (" ", usual), ("/x", Path("/x"))):
+        monkeypatch.setenv(name, given)
+        assert place() == Path(os.path.abspath(wanted)), given
+    monkeypatch.delenv(name)
+    assert place() == usual
+    assert Run.open("~/nowhere/x", "smoke").folder == home / "nowhere" / "x"
+    nothing = ""
+    assert Run.open(nothing, "smoke").folder == default_folder("smoke")
+    assert as_folder(None) is None
 
 
 # ------------------------------------------------------------------------------------------------- progress

@@ -41,7 +41,8 @@ def _tokenizer(run: Run) -> Any:
 
 def rules(package: Path = Path(stakelib.__file__).parent) -> str:
     """Fingerprint of all that decides what a row says: the code and data files of scenarios, voices and dialogues."""
-    found = [p for stage in ("scenarios", "voices", "dialogues") for p in sorted((package / stage).rglob("*"))]
+    stages = ("scenarios", "voices", "dialogues")  # in one order on all systems: sorted paths have another on Windows
+    found = [p for stage in stages for p in sorted((package / stage).rglob("*"), key=lambda p: p.parts)]
     files = [p for p in found if p.suffix in (".py", ".yaml", ".json")]
     text = "".join(f"{p.relative_to(package).as_posix()} {sha256(p)}\n" for p in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stakelib.machine import describe
-from stakelib.run import CourseError, Progress, atomic_write_text, sha256
+from stakelib.run import CourseError, Progress, append_line, atomic_write_text, sha256
 
 
 def answers(
@@ -52,17 +52,17 @@ def answers(
         if engine_factory is None:
             from stakelib.models import engine as engine_factory
         about = {"system": system, "gguf": gguf_path.name, "processor": describe()["processor"]}
-        with engine_factory(gguf_path) as engine, file.open("a", encoding="utf-8", newline="\n") as out:
+        with engine_factory(gguf_path) as engine:
             more = {"voices": [of[key] for key in missing]} if voices else {}
             replies = engine.ask([row["prompt"] for row in missing.values()], **settings, **more)
-            _append(replies, missing, about, out, saved, Progress(system, len(set(keys)), "answers", 5.0, progress))
+            _append(replies, missing, about, file, saved, Progress(system, len(set(keys)), "answers", 5.0, progress))
     if lost := [row["id"] for key, row in zip(keys, rows, strict=True) if key not in saved]:
         raise CourseError([f"{system}: no answer to row {i}" for i in lost], "run this cell again; finished ones stay")
     return [{**saved[key], "row_id": row["id"], "system": system} for key, row in zip(keys, rows, strict=True)]
 
 
-def _append(replies: Any, missing: dict, about: dict, out: Any, saved: dict, progress: Progress) -> None:
-    """Write each reply as it arrives, in any order, one flushed line each."""
+def _append(replies: Any, missing: dict, about: dict, file: Path, saved: dict, progress: Progress) -> None:
+    """Add each reply to `file` as it arrives, in any order."""
     asked = list(missing.items())
     earlier, start = progress.total - len(asked), time.monotonic()
     progress.tick(earlier, "saved by an earlier run" if earlier else "asked, none finished yet")
@@ -78,8 +78,7 @@ def _append(replies: Any, missing: dict, about: dict, out: Any, saved: dict, pro
             "prompt_tokens": int(reply.prompt_tokens),
             "seconds": round(float(reply.seconds), 3),
         }
-        out.write(json.dumps(saved[key], ensure_ascii=False) + "\n")
-        out.flush()
+        append_line(file, json.dumps(saved[key], ensure_ascii=False))
         progress.tick(earlier + done, f"{done / max(time.monotonic() - start, 1e-3) * 60:.1f} a minute")
 
 

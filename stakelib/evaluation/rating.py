@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from stakelib.dialogues.files import read_lines
 from stakelib.dialogues.review import as_cell, read_table
 from stakelib.evaluation.statistics import clustered_wilson
-from stakelib.run import CourseError, atomic_write_text, writing
+from stakelib.run import CourseError, append_line, atomic_write_text, writing
 
 CRITERIA = {  # the guide's, in its words
     "accuracy": "does it match the stakeholder's priorities?",
@@ -108,9 +108,7 @@ class Rating:
             of=self.stamp(row_id),
             at=now,
         )
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8", newline="\n") as out:
-            out.write(vote.model_dump_json() + "\n")
+        append_line(self.file, vote.model_dump_json())
         self.votes[row_id, criterion] = vote
 
     def progress(self) -> str:

@@ -28,7 +28,7 @@ def product(run: Run, quantisation: str = "q8") -> Path:
         problems = [f"{gguf.name} is not the file that was proved"]
     if problems:
         raise CourseError(problems, "run notebook 05 to its end first")
-    with writing(run.path("product")) as part:
+    with run.keeping_edits([run.path("product")]), writing(run.path("product")) as part:
         part.mkdir(parents=True)
         link(gguf, part / gguf.name)
         inside = recipe.read_text(encoding="utf-8").replace(_source(recipe), f"./{gguf.name}")

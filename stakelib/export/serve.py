@@ -24,7 +24,7 @@ from stakelib.export.adapter_files import nine_files
 from stakelib.export.endpoint import CONTEXT, Api, Page
 from stakelib.models import base_model
 from stakelib.models.engines import LlamaCpp
-from stakelib.run import CourseError, Run
+from stakelib.run import CourseError, Run, as_folder
 
 PORT = 11434  # Ollama's own, where the tool looks
 CALLERS = 2  # answers written at once; others wait
@@ -109,7 +109,7 @@ def main() -> int:
     """Load, warm up, say so, answer until Ctrl-C; returns the exit code."""
     parser = argparse.ArgumentParser(prog="course.py")
     parser.add_argument("command", choices=("serve",))
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/<profile>)")
+    parser.add_argument("--out", type=as_folder, help="run folder (default: runs/<profile>)")
     parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s, Ollama's own")
     parser.add_argument("--alias", default="", help="a second name, as in gemma2:2b, the tool's default")
     parser.add_argument("--voices", action="store_true", help="the nine adapters of notebook 07, each by its own name")

@@ -23,7 +23,17 @@ from stakelib.models.adapters import shapes
 from stakelib.models.base_folder import check_base_folder
 from stakelib.models.engines import load_config, quiet
 from stakelib.models.tiny import GEMMA_TEMPLATE, make_tiny
-from stakelib.run import REPOSITORY, CourseError, Progress, atomic_write_json, atomic_write_text, sha256, sweep, writing
+from stakelib.run import (
+    REPOSITORY,
+    CourseError,
+    Progress,
+    as_folder,
+    atomic_write_json,
+    atomic_write_text,
+    sha256,
+    sweep,
+    writing,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ MODELS = {name: BaseModel(name, **row) for name, row in _MODELS.items()}
 
 def cache_folder() -> Path:
     """Where base models are kept: $STAKE_CACHE, or .cache beside the course (copy it to take the course offline)."""
-    return Path(os.environ.get("STAKE_CACHE", REPOSITORY / ".cache"))
+    return as_folder(os.environ.get("STAKE_CACHE")) or REPOSITORY / ".cache"
 
 
 def find_model(name: str) -> BaseModel:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import random
 import re
 from dataclasses import replace
@@ -117,9 +116,6 @@ def train(
             with writing(folder) as part:
                 save(part)
                 _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
-                for file in (f for f in part.rglob("*") if f.is_file()):  # on the disk before the checkpoints go
-                    with file.open("r+b") as stream:
-                        os.fsync(stream.fileno())
         trained.append(name)
         return result
 

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from stakelib import machine, plots
 from stakelib.models import Rendered
-from stakelib.run import CourseError, atomic_write_json, discard, is_main, sha256
+from stakelib.run import CourseError, atomic_write_json, discard, hold, is_main, sha256
 
 COMPLETE = "complete.json"  # sha256 of a checkpoint's files: one that a power cut spoiled is not used
 MARK = "\x1e"  # begins each fact that the MLX process tells: the record separator of JSON text sequences (RFC 7464)
@@ -92,12 +90,13 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
 
     Measured again while the computer is busy, it could come out otherwise.
     """
-    file, here, kept = checkpoints / "begun.json", machine.describe()["processor"], [None]
-    with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    chosen = kept[1:] if kept[0] == here else decide()
+    file, here, chosen = checkpoints / "begun.json", machine.describe()["processor"], None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        chosen = begun["chosen"] if begun["processor"] == here else None
+    chosen = chosen or decide()
     if is_main():
-        atomic_write_json(file, [here, *chosen])
+        atomic_write_json(file, {"processor": here, "chosen": chosen})
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return chosen
     from accelerate.utils import broadcast_object_list
@@ -108,26 +107,12 @@ def as_begun(checkpoints: Path, decide: Callable[[], list[str]]) -> list[str]:
 
 @contextlib.contextmanager
 def alone(file: Path) -> Iterator[None]:
-    """Hold the lock `file` for this process; the system lets go of it however the process ends.
-
-    Raises CourseError where another process holds it. Network drives and read-only ones are used without.
-    """
-    lock = FileLock(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock `file` of one adapter for this process. Raises CourseError where another process holds it."""
+    with contextlib.ExitStack() as stack:
         if is_main():  # of those that train together, the first speaks for all
-            lock.acquire(blocking=False)
-    except Timeout:
-        raise CourseError(
-            f"another notebook or process is training this adapter ({file} is locked)",
-            "wait for it, or stop it and run again: the training goes on from its last checkpoint",
-        ) from None
-    except OSError as problem:
-        print(f"training: {file} cannot be locked ({problem}); do not start this training twice", flush=True)
-    try:
+            action = "wait for it, or stop it and run again: the training goes on from its last checkpoint"
+            stack.enter_context(hold(file, "another notebook or process is training this adapter", action))
         yield
-    finally:
-        lock.release()
 
 
 def processes() -> Any:

@@ -49,11 +49,12 @@ def split_rows(run: Run, start: str = "base") -> dict[str, Run]:
     if lone := [who for who, (_, rows) in own.items() if not rows]:
         print(f"validated on the rows of all voices, having none of their own: {', '.join(lone)}", flush=True)
     for who, (rows, some) in own.items():
-        for part, mine in zip(PARTS, (rows, some or valid), strict=True):
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in mine)
-            file = voices[who].path("training_data", f"{part}.jsonl")
-            if not (file.exists() and file.read_text(encoding="utf-8") == text):
-                atomic_write_text(file, text)
+        files = [voices[who].path("training_data", f"{part}.jsonl") for part in PARTS]
+        with voices[who].keeping_edits(files):
+            for file, mine in zip(files, (rows, some or valid), strict=True):
+                text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in mine)
+                if not (file.exists() and file.read_text(encoding="utf-8") == text):
+                    atomic_write_text(file, text)
     return voices
 
 
