@@ -580,7 +580,12 @@ def _read_record(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         if kept.get(k) != v and not (k == "model" and _same_name(str(kept.get(k)), v))
     ]
     if differ:
-        raise CourseError(differ, another)
+        renamed = (
+            f"{another}; a base model's folder that was renamed needs its old name"
+            if os.path.isdir(fresh["profile"]["model"])
+            else another
+        )
+        raise CourseError(differ, renamed)
     return record
 
 

@@ -160,6 +160,13 @@ def use_gb(config: Any) -> dict[str, float]:
     }
 
 
+def proof_gb(config: Any) -> float:
+    """Memory (GB) of the proof in notebook 05, which loads each form in float32 beside a second output layer."""
+    words = config.vocab_size * config.hidden_size
+    numbers = config.num_hidden_layers * sum(a * b for a, b in matrices(config).values())
+    return PROGRAM_GB[4] + 4 * (2 * words + numbers) / 2**30
+
+
 def preflight(name: str, folder: Path, recipe: Recipe = RECIPES["course"]) -> BaseModel:
     """Before anything else: is the model known, allowed and whole, and does a run in `folder` fit this machine?
 
@@ -181,6 +188,8 @@ def preflight(name: str, folder: Path, recipe: Recipe = RECIPES["course"]) -> Ba
             problems.append(f"memory: {step} of {model.name} needs {gb:.1f} GB, {free_gb} GB are free")
     if problems:
         raise CourseError(problems, action or "close other programs, or choose a smaller model with --model")
+    if (gb := proof_gb(config_of(name))) > free_gb:
+        print(f"{model.name}: the proof in notebook 05 loads it in 32 bits, {gb:.1f} GB: slow here, through the disk")
     return model
 
 
