@@ -203,6 +203,7 @@ def call(command: "list[str]", **more: str) -> int:
 
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
+    from stakelib.export.handout import report_line
     from stakelib.models import preflight
     from stakelib.run import CourseError, Run, clock
 
@@ -229,7 +230,7 @@ def run_course(options: argparse.Namespace) -> int:
             saved.write_text(json.dumps(timings, indent=2), encoding="utf-8")
             say(f"{title} done in {clock(timings[notebook.stem])}")
     say(f"\nAll done in {clock(time.monotonic() - started)}.")
-    return say("Report: {}".format(next(run.folder.glob("report.html"), "not made yet"))) or 0
+    return say(f"Report: {report_line(run)}") or 0
 
 
 def choose_notebooks(only: "str | None") -> "list[Path]":

@@ -53,6 +53,7 @@ def ask_voices(
         rows,
         engine_factory=factory,
         adapters=files,
+        tokenizer=base.folder,
         max_new_tokens=run.profile.max_new_tokens,
         voices=list(voices or own),
     )

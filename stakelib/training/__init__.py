@@ -109,7 +109,7 @@ def train(
             model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints(), start)
             save = model.save_pretrained
         result |= {"backend": backend, "precision": precision, "precision_why": why, "checkpointing": checkpointing}
-        result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
+        result |= {"rows": len(train_rows), "valid_rows": len(valid_rows), "machine": here}
         if is_main():
             with writing(folder) as part:
                 save(part)
