@@ -337,6 +337,19 @@ def test_nine_small_files_are_made_once(trained: SimpleNamespace, capsys: pytest
     assert set(trained.run.record["stages"]["voices"]["result"]["seconds"]) == set(files)
 
 
+def test_files_of_other_adapters_are_not_served(trained: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(trained.run.folder, tmp_path / "run")
+    run = Run.open(tmp_path / "run", "smoke")
+    files, adapter = nine_files(run), adapter_folder(voice_run(run, "finance"))
+    assert set(files) == {ALL, *NINE}
+    (adapter / "README.md").write_text("trained anew", encoding="utf-8")
+    files["public"].write_bytes(files["public"].read_bytes() + b"x")
+    files["industry"].unlink()
+    with pytest.raises(CourseError, match="run export_nine") as problem:
+        nine_files(run)
+    assert [p.split(".gguf")[0].split("gemma-")[1] for p in problem.value.problems] == ["industry", "public", "finance"]
+
+
 @pytest.mark.parametrize("kind", ["llama.cpp", "transformers"])
 def test_switching_is_measured_and_every_voice_stays_itself(
     kind: str, trained: SimpleNamespace, tell: Callable[[str], None]

@@ -21,7 +21,7 @@ from stakelib.dialogues.prepare import SETTINGS
 from stakelib.dialogues.tasks import KEYS
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.statistics import clustered_wilson
-from stakelib.export import ensure_base_gguf, gguf_file
+from stakelib.export import check_exported, ensure_base_gguf, gguf_file
 from stakelib.export.serve import model_name, serving
 from stakelib.machine import describe
 from stakelib.models import Answer, base_model
@@ -187,6 +187,8 @@ def try_in_tool(
     import pandas as pd
 
     base = base_model(run.profile.model)
+    if system == "tuned":
+        check_exported(run)
     gguf = gguf_file(run, "q8") if system == "tuned" else ensure_base_gguf(base)["q8"]
     replies = answers(
         run,

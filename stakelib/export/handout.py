@@ -76,7 +76,7 @@ def report_line(run: Run) -> str:
     facts = evaluation_of(run, gguf_file(run, "q8"))
     if facts and facts["sha256"].get("report.html") == sha256(page):
         return str(page)
-    return f"{page.name} is not of the present q8 file, nor are the executed copies of notebooks 06 to 08: {again}"
+    return f"{page.name} is not of the present q8 file, and executed notebooks may be older too: {again}"
 
 
 def _source(recipe: Path) -> str:
