@@ -210,6 +210,14 @@ def test_every_figure_of_the_guide_stands_beside_ours_or_reads_not_measured(made
     assert all(f"<td>{c['guide'] or '–'}</td>" in made[0] for c in made[1]["guide"])
 
 
+def test_times_are_told_of_the_computer_that_trained() -> None:
+    """A trial elsewhere comes into the record later; its computer did not train the adapter."""
+    train = {**RECORD["stages"]["train"], "result": {**TRAINED, "machine": {"processor": "Apple M1"}}}
+    told = claims({**RECORD, "stages": {"train": train}}, "tiny", [], [], [])
+    lines = {(c["about"], c["where"]): c["ours"] for c in told}
+    assert lines["Training, 500 examples", "M1"].startswith("61 s") and lines["Training, 500 examples", "i7"] == UNKNOWN
+
+
 def test_no_figure_of_the_guides_tables_is_left_out(made: tuple) -> None:
     said = " ".join(c["guide"] for c in made[1]["guide"])
     tables = "15-30 min|60-120 min|3-4x|4-6 GB|8-12 GB|6-8 GB|12-16 GB|0.5-1.5 s|0.3-0.8 s|2-4 s|2-4 h|30-60 min|1-2 h"

@@ -449,6 +449,9 @@ def test_the_panel_page_shows_text_as_text(tmp_path: Path) -> None:
     rows = [{**r, "scenario": HOSTILE, "prompt": HOSTILE, "country": "</title><script>"} for r in rows]
     run = SimpleNamespace(profile=SimpleNamespace(model="tiny"), path=lambda *p: tmp_path.joinpath(*p))
     page = nine.hand_out(run, rows, [answer(f"**Concerns** {HOSTILE}") for _ in rows]).read_text(encoding="utf-8")
+    said = [{**answer("We agree."), "sha256": "a" * 64, "adapter_sha256": f"{i}" * 64} for i in range(len(rows))]
+    named = nine.hand_out(run, rows, said).read_text(encoding="utf-8")
+    assert "a" * 64 in named and all(f"{i}" * 64 in named for i in range(len(rows))) and "sha256" not in page
     tags = Tags(page).seen
     assert not {"script", "iframe", "object", "img", "link"} & {tag for tag, _ in tags}
     assert not [a for _, attrs in tags for a in attrs if a.startswith("on") or a in ("src", "href")]

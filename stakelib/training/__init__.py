@@ -111,9 +111,10 @@ def train(
         result |= {"backend": backend, "precision": precision, "precision_why": why, "checkpointing": checkpointing}
         result |= {"rows": len(train_rows), "valid_rows": len(valid_rows), "machine": here}
         if is_main():
+            by_people = sum(row.get("source", "rules") != "rules" for row in load_rows(files[0]))
             with writing(folder) as part:
                 save(part)
-                _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
+                _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), "by_people": by_people, **here})
                 for file in (f for f in part.rglob("*") if f.is_file()):  # on the disk before the checkpoints go
                     with file.open("r+b") as stream:
                         os.fsync(stream.fileno())
