@@ -247,6 +247,7 @@ def call(command: "list[str]", **more: str) -> int:
 
 def run_course(options: argparse.Namespace) -> int:
     """Execute the notebooks in order with papermill; their copies and the report land in the run folder."""
+    from stakelib.export.handout import report_line
     from stakelib.run import CourseError, Run, atomic_write_json, clock, hold
 
     local = os.path.abspath(os.path.expanduser(options.model or ""))
@@ -281,7 +282,7 @@ def run_course(options: argparse.Namespace) -> int:
     except CourseError as problem:
         raise Stop("\n- ".join(problem.problems), f"{problem.next_action}; then {AGAIN}") from None
     say(f"\nAll done in {clock(time.monotonic() - started)}.")
-    return say("Report: {}".format(next(run.folder.glob("report.html"), "not made yet"))) or 0
+    return say(f"Report: {report_line(run)}") or 0
 
 
 def read_timings(file: Path) -> "dict[str, float]":

@@ -430,8 +430,8 @@ class Run:
             "result": json.loads(json.dumps(result, allow_nan=False)),
             "seconds": round(time.monotonic() - started, 1),
             "peak_mb": round(memory.peak_mb),
+            "versions": versions(),
             "finished": datetime.now().isoformat(sep=" ", timespec="minutes"),
-            "versions": self.record.get("versions", {}),
         }
         with self._recording():
             self.record["stages"][name] = saved
@@ -499,6 +499,12 @@ class Run:
         wanted = self._wanted(settings, inputs)
         same = _shortened(saved["settings"]) == wanted["settings"] and saved["inputs"] == wanted["inputs"]
         return saved if same and self._intact(saved["outputs"], outputs) else None
+
+    def recorded(self, stage: str, path: Path, kind: str = "outputs") -> str | None:
+        """sha256 of `path` as stage `stage` left it (`kind` "outputs") or read it ("inputs"); None if not on record."""
+        self._take_in()
+        about = self.record["stages"].get(stage, {}).get(kind, {}).get(self._name(path))
+        return about["sha256"] if isinstance(about, dict) else about
 
     def _wanted(self, settings: dict[str, Any], inputs: Iterable[Path]) -> dict[str, Any]:
         """What a record must say to be of these settings and inputs, as it comes back from JSON."""

@@ -368,6 +368,9 @@ def small_course(tmp_path: Path) -> Path:
     files |= {"requirements-cpu.txt": pin, "requirements-m1.txt": pin}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "stakelib" / "export").mkdir()
+    stub = "def report_line(run):\n    return next(run.folder.glob('report.html'), 'not made yet')\n"
+    (tmp_path / "stakelib" / "export" / "handout.py").write_text(stub, encoding="utf-8")
     for name, code in {"01_first": FIRST, "04_second": SECOND}.items():
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", code)
     return tmp_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -449,6 +450,82 @@ def test_damage_in_the_middle_is_reported_not_skipped(run: SimpleNamespace) -> N
     with pytest.raises(CourseError) as problem:
         ask(run, FakeEngine(), [row(0, prompt="a")])
     assert [p.split(" is")[0] for p in problem.value.problems] == [f"{file.name} line {n}" for n in (1, 2)]
+
+
+def test_answers_of_another_tokenizer_or_template_are_asked_afresh(run: SimpleNamespace, tmp_path: Path) -> None:
+    rows, engine, base = [row(0, prompt="p")], FakeEngine(), tmp_path / "base"
+    base.mkdir()
+    for name, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "a"), ("chat_template.jinja", "b")):
+        (base / name).write_text(text, encoding="utf-8")
+        for _ in range(2):
+            ask(run, engine, rows, tokenizer=base)
+    assert engine.asked == 3
+    base.rename(tmp_path / "moved")  # a run that went to another computer
+    ask(run, engine, rows, tokenizer=tmp_path / "moved")
+    assert engine.asked == 3
+
+
+def test_times_of_another_computer_do_not_count_where_time_is_asked_for(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, times = FakeEngine(), FakeEngine()
+    for computer in ("i7", "M1", "i7"):
+        monkeypatch.setattr(sys.modules["stakelib.evaluation.answers"], "describe", lambda c=computer: {"processor": c})
+        ask(run, texts, [row(0)])
+        ask(run, times, [row(0)], timed=True)
+    assert (texts.asked, times.asked) == (1, 2)
+
+
+def test_each_answer_names_the_file_that_gave_it(run: SimpleNamespace) -> None:
+    def digest() -> str:
+        return hashlib.sha256(run.path("m.gguf").read_bytes()).hexdigest()
+
+    rows = [row(i, prompt=f"p{i}") for i in range(2)]
+    assert {(a["gguf"], a["sha256"]) for a in ask(run, FakeEngine(), rows)} == {("m.gguf", digest())}
+    run.path("m.gguf").write_bytes(b"trained anew")
+    assert {a["sha256"] for a in ask(run, FakeEngine(), rows)} == {digest()}
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens", "field", "line", "encoding"])
+def test_answers_changed_by_hand_are_refused_by_line_and_nothing_is_lost(run: SimpleNamespace, kind: str) -> None:
+    rows = [row(i, prompt=f"pö{i}") for i in range(4)]
+    ask(run, FakeEngine(), rows)
+    file = run.path("evaluation", "answers-tuned.jsonl")
+    lines = file.read_bytes().splitlines(keepends=True)
+    spoiled = {
+        "text": lines[1].replace(b"re: ", b"well said: "),
+        "tokens": lines[1].replace(b'"new_tokens": 3', b'"new_tokens": 9'),
+        "field": lines[1].replace(b'"text"', b'"txt"'),
+        "line": b"rubbish\n",
+        "encoding": lines[1].decode("utf-8").encode("cp1252"),
+    }[kind]
+    data = b"".join([lines[0], spoiled, *lines[2:]]) + lines[0][:30]  # and a kill in the last line
+    file.write_bytes(data)
+    with pytest.raises(CourseError) as problem:
+        ask(run, FakeEngine(), rows)
+    assert len(problem.value.problems) == 1 and "line 2 " in problem.value.problems[0]
+    assert file.read_bytes() == data
+    file.write_bytes(data.replace(spoiled, b""))
+    engine = FakeEngine()
+    assert len(ask(run, engine, rows)) == 4 and engine.asked == 1
+
+
+def test_an_editors_blank_lines_and_line_ends_do_no_harm(run: SimpleNamespace) -> None:
+    rows, engine = [row(i, prompt=f"p{i}") for i in range(3)], FakeEngine()
+    first = ask(run, engine, rows)
+    file = run.path("evaluation", "answers-tuned.jsonl")
+    text = file.read_text(encoding="utf-8")
+    for changed in (
+        "\ufeff" + text,
+        text.replace("\n", "\r\n"),
+        text.replace("\n", "\n\n"),
+        text.rstrip("\n"),
+        '{"key": "of an older version", "text": "x"}\n' + text,
+    ):
+        file.write_bytes(changed.encode("utf-8"))
+        assert ask(run, engine, rows) == first and engine.asked == 3
+    ask(run, engine, [*rows, row(9, prompt="new")])
+    assert len(ask(run, engine, [*rows, row(9, prompt="new")])) == 4 and engine.asked == 4
 
 
 def test_progress_tells_how_far(run: SimpleNamespace) -> None:

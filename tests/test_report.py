@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,8 @@ from test_evaluation import GOOD, PROMPT, answer, row
 from stakelib import plots
 from stakelib.evaluation import Rating, compare, report, score
 from stakelib.evaluation.claims import UNKNOWN, claims
-from stakelib.evaluation.report import NOT_MEASURED, faults, finite, marked, verdict, worst
-from stakelib.run import clock
+from stakelib.evaluation.report import NOT_MEASURED, faults, finite, marked, seen_in_training, verdict, worst
+from stakelib.run import CourseError, clock, sha256
 from stakelib.scenarios import sample
 
 HOSTILE = '<script>alert(1)</script><img src=http://evil.example/x onerror="alert(1)"> {{ 7*7 }} $x^$'
@@ -209,6 +210,14 @@ def test_every_figure_of_the_guide_stands_beside_ours_or_reads_not_measured(made
     assert all(f"<td>{c['guide'] or '–'}</td>" in made[0] for c in made[1]["guide"])
 
 
+def test_times_are_told_of_the_computer_that_trained() -> None:
+    """A trial elsewhere comes into the record later; its computer did not train the adapter."""
+    train = {**RECORD["stages"]["train"], "result": {**TRAINED, "machine": {"processor": "Apple M1"}}}
+    told = claims({**RECORD, "stages": {"train": train}}, "tiny", [], [], [])
+    lines = {(c["about"], c["where"]): c["ours"] for c in told}
+    assert lines["Training, 500 examples", "M1"].startswith("61 s") and lines["Training, 500 examples", "i7"] == UNKNOWN
+
+
 def test_no_figure_of_the_guides_tables_is_left_out(made: tuple) -> None:
     said = " ".join(c["guide"] for c in made[1]["guide"])
     tables = "15-30 min|60-120 min|3-4x|4-6 GB|8-12 GB|6-8 GB|12-16 GB|0.5-1.5 s|0.3-0.8 s|2-4 s|2-4 h|30-60 min|1-2 h"
@@ -227,6 +236,85 @@ def test_other_systems_stand_beside_base_and_tuned(made: tuple, tmp_path: Path) 
     scores = score(rows, said)
     page = report(run, scores, compare(scores[scores["system"] != "prompted"]), rows, said).read_text(encoding="utf-8")
     assert "Base model, better prompt" in page and page.count("Rules, no model") == len(WHO)
+
+
+def test_the_figures_name_what_they_are_of(tmp_path: Path) -> None:
+    run = SimpleNamespace(
+        profile=SimpleNamespace(name="quick", model="tiny"), record={}, path=lambda *p: tmp_path.joinpath(*p)
+    )
+    rows, said = material()
+
+    def written(answers: list[dict], rows: list[dict] = rows) -> dict[str, str]:
+        scores = score(rows, answers)
+        report(run, scores, compare(scores), rows, answers)
+        return json.loads((tmp_path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["sha256"]
+
+    of = {"base": "b" * 64, "tuned": "a" * 64}
+    said = [{**a, "sha256": of[a["system"]]} for a in said]
+    first = written(said)
+    assert {k: first[k] for k in of} == of and first["report.html"] == sha256(tmp_path / "report.html")
+    assert "a" * 64 in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert written(said[::-1]) == first  # the order of asking says nothing
+    other = written([{**said[0], "text": "Another text."}, *said[1:]])
+    assert other["answers"] != first["answers"] and other["rows"] == first["rows"]
+    asked = written(said, [{**rows[0], "prompt": rows[0]["prompt"] + " "}, *rows[1:]])
+    assert asked["rows"] != first["rows"] and asked["answers"] == first["answers"]
+    with pytest.raises(CourseError, match="'tuned' are of two model files"):
+        written([*said[:-1], {**said[-1], "sha256": "c" * 64}])
+    assert "tuned" not in written([{k: v for k, v in a.items() if k != "sha256"} for a in said])
+
+
+def test_a_report_needs_both_systems(tmp_path: Path) -> None:
+    run = SimpleNamespace(
+        profile=SimpleNamespace(name="quick", model="tiny"), record={}, path=lambda *p: tmp_path.joinpath(*p)
+    )
+    rows, said = material()
+    for some, lacking in (([], ["base", "tuned"]), (said[:12], ["tuned"]), (said[12:], ["base"])):
+        scores = score(rows, some) if some else pd.DataFrame()
+        with pytest.raises(CourseError) as problem:
+            report(run, scores, pd.DataFrame(), rows, some)
+        assert problem.value.problems == [f"no answers of '{system}'" for system in lacking]
+        with pytest.raises(CourseError, match="no answers"):
+            compare(score(rows, some))
+    with pytest.raises(CourseError, match="no answers"):
+        score([], [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_all_failed_make_a_report_that_says_so(tmp_path: Path) -> None:
+    run = SimpleNamespace(
+        profile=SimpleNamespace(name="quick", model="tiny"), record={}, path=lambda *p: tmp_path.joinpath(*p)
+    )
+    rows, _ = material()
+    said = [answer("", i, system, stopped=False) for system in ("base", "tuned") for i in range(12)]
+    scores = score(rows, said)
+    page = report(run, scores, compare(scores), rows, said).read_text(encoding="utf-8")
+    facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    assert facts["totals"]["tuned"]["faultless"] == 0 and "wrote no figure" in facts["verdict"][1]
+    assert "0 of 0" not in page and "passes every bar" not in page and len(facts["worst"]) == 10
+
+
+@pytest.mark.parametrize("seen", [0, 2, None])
+def test_whether_training_saw_the_scenarios_is_counted(tmp_path: Path, seen: int | None) -> None:
+    rows = [{"scenario_id": f"s{i}", "prompt": "p", "completion": "c"} for i in range(2)]
+    (tmp_path / "training_data").mkdir(parents=True)
+    for part in ("train", "valid"):
+        lines = [{**r, "scenario_id": r["scenario_id"] if seen else "other"} for r in rows]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "training_data" / f"{part}.jsonl").write_text(text, encoding="utf-8")
+    inputs = {f"training_data/{p}.jsonl": sha256(tmp_path / "training_data" / f"{p}.jsonl") for p in ("train", "valid")}
+    record = {"stages": {"train": {"inputs": inputs}}} if seen is not None else {}  # of other rows than lie there now
+    run = SimpleNamespace(record=record, path=lambda *p: tmp_path.joinpath(*p))
+    assert seen_in_training(run, rows) == seen
+
+
+def test_the_page_says_what_training_saw_only_where_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seen, words in ((0, "the model never trained on"), (3, ", 3 of which the model was trained on"), (None, "")):
+        monkeypatch.setattr(sys.modules["stakelib.evaluation.report"], "seen_in_training", lambda *_, n=seen: n)
+        page = make(tmp_path / str(seen))[0]
+        assert ("trained on" in page.split("</header>")[0]) == bool(words) and words in page
 
 
 def test_the_same_report_twice_is_the_same_file(tmp_path: Path) -> None:

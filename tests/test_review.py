@@ -309,6 +309,9 @@ def test_a_changed_phrase_makes_the_rows_again(
     voice.write_text(voice.read_text(encoding="utf-8").replace("credit", "loan", 1), encoding="utf-8")
     assert (changed := prepare_module.rules(package)) != prepare_module.rules()
     monkeypatch.setattr(prepare_module, "rules", lambda: changed)
+    with pytest.raises(CourseError, match="restart the kernel"):  # this Python still holds the old phrase
+        prepare(run, sample(7, run.profile.seed))
+    monkeypatch.setattr(prepare_module, "LOADED", changed)
     prepare(run, sample(7, run.profile.seed))
     assert "up to date" not in capsys.readouterr().out
     prepare(run)

@@ -46,6 +46,7 @@ def asked(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     monkeypatch.setattr(asking, "base_model", lambda name: SimpleNamespace(folder=Path("base"), short_name=name))
     monkeypatch.setattr(asking, "ensure_base_gguf", lambda base: {q: f"base-{q}.gguf" for q in ("f16", "q8", "q4")})
     monkeypatch.setattr(asking, "gguf_file", lambda run, q: f"tuned-{q}.gguf")
+    monkeypatch.setattr(asking, "check_exported", lambda run: None)
     return calls
 
 
@@ -73,6 +74,15 @@ def test_an_unknown_system_is_refused_with_the_list(run: SimpleNamespace) -> Non
     for system in ("best", "tuned-q3"):
         with pytest.raises(CourseError, match="prompted.*q4"):
             ask(run, system, [])
+
+
+def test_without_a_held_out_dialogue_there_is_nothing_to_ask(tmp_path: Path) -> None:
+    (tmp_path / "training_data").mkdir()
+    line = '{"prompt": "p", "completion": "c", "task": "voice", "stakeholder_id": "finance"}\n'
+    (tmp_path / "training_data" / "test.jsonl").write_text(line, encoding="utf-8")
+    empty = SimpleNamespace(path=lambda *p: tmp_path.joinpath(*p), profile=PROFILES["smoke"])
+    with pytest.raises(CourseError, match="no full dialogue(.|\n)*notebook 01"):
+        held_out(empty)
 
 
 def test_rules_answer_for_nothing_and_without_a_fault(run: SimpleNamespace) -> None:

@@ -262,6 +262,9 @@ def test_the_tools_own_wording_comes_from_a_checkout_that_the_user_names(tmp_pat
         assert row.prompt.startswith(f"Act like a {row.stakeholder} person. {{ braces }}\n")
         assert row.prompt.endswith("ENHANCED VERSION (JSON):") and "${" not in row.prompt
         assert base_of(row.prompt) == base_of(other.prompt) and problems_of(row) == []
+    edited = TOOL.replace("Act like a", "Speak as a")  # in a kernel that has read the old words
+    (tmp_path / "src" / "ai.ts").write_text(edited, encoding="utf-8")
+    assert all(r.prompt.startswith("Speak as a") for r in build(SCENARIOS, 0, enhance=9, tool=tmp_path))
     (tmp_path / "src" / "ai.ts").write_text("export {}", encoding="utf-8")
     empty = tmp_path / "src"
     with pytest.raises(CourseError, match="0 enhance prompts found"):

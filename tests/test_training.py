@@ -310,6 +310,7 @@ def test_the_adapter_folder_is_complete_and_names_no_machine(whole: SimpleNamesp
     assert f"validation loss {whole.result['best_valid_loss']:.3f} nats" in card
     assert f"Training loss {whole.result['train_loss'][0][1]:.3f} at first" in card
     here = machine.describe()
+    assert "Rules made the rows\n  of that file." in card  # nobody rewrote one
     wanted = ["learning_rate 0.02", sha256(whole.run.path("training_data", "train.jsonl")), tiny.licence]
     wanted += [here["processor"], here["system"], f"torch {metadata.version('torch')}"]
     assert [text for text in wanted if text not in card] == []

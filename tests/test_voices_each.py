@@ -337,6 +337,19 @@ def test_nine_small_files_are_made_once(trained: SimpleNamespace, capsys: pytest
     assert set(trained.run.record["stages"]["voices"]["result"]["seconds"]) == set(files)
 
 
+def test_files_of_other_adapters_are_not_served(trained: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(trained.run.folder, tmp_path / "run")
+    run = Run.open(tmp_path / "run", "smoke")
+    files, adapter = nine_files(run), adapter_folder(voice_run(run, "finance"))
+    assert set(files) == {ALL, *NINE}
+    (adapter / "README.md").write_text("trained anew", encoding="utf-8")
+    files["public"].write_bytes(files["public"].read_bytes() + b"x")
+    files["industry"].unlink()
+    with pytest.raises(CourseError, match="run export_nine") as problem:
+        nine_files(run)
+    assert [p.split(".gguf")[0].split("gemma-")[1] for p in problem.value.problems] == ["industry", "public", "finance"]
+
+
 @pytest.mark.parametrize("kind", ["llama.cpp", "transformers"])
 def test_switching_is_measured_and_every_voice_stays_itself(
     kind: str, trained: SimpleNamespace, tell: Callable[[str], None]
@@ -436,6 +449,9 @@ def test_the_panel_page_shows_text_as_text(tmp_path: Path) -> None:
     rows = [{**r, "scenario": HOSTILE, "prompt": HOSTILE, "country": "</title><script>"} for r in rows]
     run = SimpleNamespace(profile=SimpleNamespace(model="tiny"), path=lambda *p: tmp_path.joinpath(*p))
     page = nine.hand_out(run, rows, [answer(f"**Concerns** {HOSTILE}") for _ in rows]).read_text(encoding="utf-8")
+    said = [{**answer("We agree."), "sha256": "a" * 64, "adapter_sha256": f"{i}" * 64} for i in range(len(rows))]
+    named = nine.hand_out(run, rows, said).read_text(encoding="utf-8")
+    assert "a" * 64 in named and all(f"{i}" * 64 in named for i in range(len(rows))) and "sha256" not in page
     tags = Tags(page).seen
     assert not {"script", "iframe", "object", "img", "link"} & {tag for tag, _ in tags}
     assert not [a for _, attrs in tags for a in attrs if a.startswith("on") or a in ("src", "href")]

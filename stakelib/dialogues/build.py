@@ -115,13 +115,12 @@ def build(
     ]:
         raise CourseError(problems, f"give scenarios, and a mix over {', '.join(STAKEHOLDERS)}.")
     checkout = Path(tool) if tool else None
-    if enhance:
-        enhance_template(checkout)  # a wrong folder is said now
+    template = enhance_template(checkout) if enhance else ""  # read anew each time: the checkout may have been edited
     kinds: list[tuple[str, _Row, Mapping[str, int]]] = [
         ("", _dialogue, mix),
         ("asked", _asked, mix_for(asked)),
         ("voice", voice_pair, mix_for(voice)),
-        ("enhance", partial(enhance_pair, reply=reply, tool=checkout), mix_for(enhance)),
+        ("enhance", partial(enhance_pair, reply=reply, template=template), mix_for(enhance)),
     ]
     return [
         row

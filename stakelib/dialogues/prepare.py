@@ -14,7 +14,7 @@ from stakelib.dialogues.check import check
 from stakelib.dialogues.files import write, write_rows
 from stakelib.dialogues.review import EDITS, GENERATED, Review, apply_edits, read_edits
 from stakelib.dialogues.split import split
-from stakelib.dialogues.tasks import Reply
+from stakelib.dialogues.tasks import Reply, enhance_template
 from stakelib.models import base_model, load_tokenizer, template
 from stakelib.run import CourseError, Run, atomic_write_json, sha256
 from stakelib.scenarios import Scenario
@@ -46,6 +46,9 @@ def rules(package: Path = Path(stakelib.__file__).parent) -> str:
     files = [p for p in found if p.suffix in (".py", ".yaml", ".json")]
     text = "".join(f"{p.relative_to(package).as_posix()} {sha256(p)}\n" for p in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+LOADED = rules()  # of the code that runs, and of the voices that it has read
 
 
 def prepare(
@@ -85,6 +88,11 @@ def prepare(
             "rules": rules(),
             "scenarios": [s.model_dump() for s in scenarios],
         }
+    if settings["rules"] != LOADED:
+        what = "the rules or voices of the course were changed after this Python had read them"
+        raise CourseError(what, "restart the kernel, then run this again: else the old rules would make the rows")
+    if checkout := settings["more"].get("tool"):  # its words, so that an edited checkout makes the rows again
+        settings["template"] = enhance_template(Path(checkout))
     base = base_model(run.profile.model)
     folder = run.path("training_data")
     files = [folder / f"{p}{name}.jsonl" for name in PARTS for p in ("", "mlx/")]

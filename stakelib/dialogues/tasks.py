@@ -36,7 +36,6 @@ def texts() -> dict[str, Any]:
     return yaml.safe_load(files(__package__).joinpath("tasks.yaml").read_text(encoding="utf-8"))
 
 
-@functools.cache
 def enhance_template(tool: Path | None = None) -> str:
     """The enhance prompt with {fields}: the course's wording, or the tool's own from the checkout `tool`.
 
@@ -91,9 +90,12 @@ def question_text(situation: Situation, keys: Collection[str], seed: int) -> str
 
 
 def enhance_pair(
-    situation: Situation, keys: Collection[str], seed: int, reply: Reply = "short", tool: Path | None = None
+    situation: Situation, keys: Collection[str], seed: int, reply: Reply = "short", template: str = ""
 ) -> Told:
-    """The answer is one JSON object. `reply`: "short" is the first reaction only, "full" all that the tool shows."""
+    """The answer is one JSON object. `reply`: "short" is the first reaction only, "full" all that the tool shows.
+
+    `template`: of `enhance_template`, the course's own where it is empty.
+    """
     scenario, stakeholder, context, variant = situation
     rng = random.Random(f"enhance-{seed}-{scenario_id(scenario)}-{stakeholder}-{context}-{variant}")
     answer, praise, worries = _thin(situation, keys, seed, rng)
@@ -115,7 +117,7 @@ def enhance_pair(
         "generationType": "rule-based",
         "metadata": {"context": context, "variant": variant, "interactionTriggersCount": len(worries)},
     }
-    prompt = enhance_template(tool).format(
+    prompt = (template or enhance_template()).format(
         name=name,
         priorities=", ".join(STAKEHOLDERS[stakeholder].priorities),
         questions="; ".join(answer.questions),

@@ -17,7 +17,7 @@ from stakelib.dialogues.classifier import listener
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.measures import score
 from stakelib.evaluation.statistics import compare
-from stakelib.export import QUANTISATIONS, ensure_base_gguf, gguf_file, trained_in_mlx
+from stakelib.export import QUANTISATIONS, check_exported, ensure_base_gguf, gguf_file, trained_in_mlx
 from stakelib.models import base_model, engine
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import CourseError, Run
@@ -48,11 +48,13 @@ def texts() -> dict[str, Any]:
 def held_out(run: Run) -> list[dict[str, Any]]:
     """`run.profile.test_prompts` full dialogues on test countries, the stakeholders in turn: each has its share.
 
-    Profile report gets its own, see `report_prompts`; the others rows of the test split.
+    Profile report gets its own, see `report_prompts`; the others rows of the test split. CourseError if it has none.
     """
     if run.profile.name == "report":
         return report_prompts(run, run.profile.test_prompts // len(STAKEHOLDERS))
     rows = [row for row in load_rows(run.path("training_data", "test.jsonl")) if _full(row)]
+    if not rows:
+        raise CourseError("test.jsonl holds no full dialogue", "make more rows in notebook 01: there is nothing to ask")
     return _in_turn(rows)[: run.profile.test_prompts]
 
 
@@ -96,6 +98,7 @@ def ask(
     """Answers of one of SYSTEMS to `rows` through llama.cpp at one quantisation; saved as they come.
 
     Greedy, or with the sampling of the Modelfile (`sampled`, `seed`). "tuned-q4" is "tuned" at q4, and named so.
+    Raises CourseError for the tuned model if its files are of an adapter that was trained anew since.
     """
     name, _, bits = system.partition("-")
     quantisation = bits or quantisation
@@ -119,6 +122,8 @@ def ask(
             for row in rows
         ]
     base = base_model(run.profile.model)
+    if name == "tuned":
+        check_exported(run)
     gguf = gguf_file(run, quantisation) if name == "tuned" else ensure_base_gguf(base)[quantisation]
     context = SEEN_TOGETHER if name == "prompted" else 2048
     factory = partial(engine, tokenizer=base.folder, context=context)
@@ -130,6 +135,7 @@ def ask(
         gguf,
         asked,
         engine_factory=factory,
+        tokenizer=base.folder,
         max_new_tokens=run.profile.max_new_tokens,
         seed=seed,
         **(SHIPPED if sampled else {}),

@@ -25,7 +25,7 @@ def claims(
 
     `record`: the run's; `comparison`: lines of `compare`; `people`: lines of `preferences`.
     """
-    here, lines = (record.get("machine") or {}).get("processor", ""), []
+    here, lines = trained_on(record).get("processor", ""), []
     own = [a for a in answers if a.get("processor", here) == here]  # a run may have been carried to another computer
     found = {**_costs(record, model, own), **{p["criterion"]: people_say(p) for p in people}}
     checks = {c["measure"]: check_says(c) for c in comparison}
@@ -35,6 +35,12 @@ def claims(
         said = "" if elsewhere else "; ".join(filter(None, ours))
         lines.append({**{k: claim[k] for k in ("about", "where", "guide")}, "ours": said or UNKNOWN})
     return lines
+
+
+def trained_on(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The computer that trained the run's adapter; a later trial elsewhere does not count."""
+    train = record.get("stages", {}).get("train", {}).get("result") or {}
+    return train.get("machine") or record.get("machine") or {}
 
 
 def people_say(line: Mapping[str, Any]) -> str:

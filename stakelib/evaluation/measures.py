@@ -22,6 +22,7 @@ from stakelib.evaluation.words import (
     unfounded,
     wrong_way,
 )
+from stakelib.run import CourseError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,9 +156,12 @@ def score(
 
     `listener` (dialogues.classifier) adds "identity" and "heard"; `again`, second answers of the same systems to the
     same rows, adds "consistency"; `surprise` adds "perplexity" where that model is on disk. Else these are None.
+    Raises CourseError without rows or answers.
     """
     import pandas as pd
 
+    if not rows or not answers:
+        raise CourseError("there are no answers to measure", "ask both systems about held-out rows first")
     given, second = ({(a["row_id"], a["system"]): a for a in some} for some in (answers, again))
     keep = ("scenario_id", "scenario", "country", "stakeholder_id", "stakeholder")
     asked = [(row, system) for system in sorted({a["system"] for a in answers}) for row in rows]

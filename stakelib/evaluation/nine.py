@@ -53,6 +53,7 @@ def ask_voices(
         rows,
         engine_factory=factory,
         adapters=files,
+        tokenizer=base.folder,
         max_new_tokens=run.profile.max_new_tokens,
         voices=list(voices or own),
     )
@@ -200,8 +201,10 @@ def hand_out(run: Run, rows: Sequence[Mapping[str, Any]], said: Sequence[Mapping
     """Write panel.html into the run folder: one scenario, its voices side by side, on one page that loads nothing.
 
     `rows`: of `panel_rows`; `said`: their answers. Scenario and answers are text: the template escapes them.
+    The page names the sha256 of the file, and of each adapter over it, that wrote these answers.
     """
     texts = {row["stakeholder"]: answer["text"] for row, answer in zip(rows, said, strict=True)}
     cards = Markup(plots.panel(texts))  # which escapes them
-    page = template("panel.html.j2").render(rows=rows, cards=cards, model=run.profile.model)
+    files = sorted({(a["gguf"], a["sha256"], a.get("adapter_sha256")) for a in said if a.get("sha256")}, key=str)
+    page = template("panel.html.j2").render(rows=rows, cards=cards, model=run.profile.model, files=files)
     return atomic_write_text(run.path("panel.html"), page)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stakelib import plots
-from stakelib.evaluation.claims import claims
+from stakelib.evaluation.claims import claims, trained_on
 from stakelib.evaluation.measures import MEASURES
 from stakelib.evaluation.rating import preferences
 from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, compare, gate, smallest_visible_difference
-from stakelib.run import CourseError, atomic_write_json, atomic_write_text, clock
+from stakelib.export.handout import renew
+from stakelib.run import CourseError, atomic_write_json, atomic_write_text, clock, sha256
+from stakelib.training import load_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,12 +48,18 @@ def report(
     answers: Sequence[Mapping[str, Any]],
     guide_answers: Sequence[Mapping[str, str]] | None = None,
 ) -> Path:
-    """Write report.html and evaluation/evaluation.json into the run folder; return the report's path.
+    """Write report.html and evaluation/evaluation.json into the run folder, and renew the card in product/.
 
+    evaluation.json keeps under "sha256" what it describes: the model file of each system, the rows, the answers, and
+    the page. Returns the page's path. Raises CourseError if base or tuned was not asked, or if the answers of one
+    system are of two files.
     `guide_answers`: one dict per test prompt of the guide with "prompt", "base" and "tuned" (texts). Everything that
     comes from scenarios or models is escaped by the template; figures are embedded, nothing is loaded or run.
     """
     texts = {(a["row_id"], a["system"]): a["text"] for a in answers}
+    made_of = digests(rows, answers)
+    if missing := [s for s in ("base", "tuned") if scores.empty or s not in set(scores["system"])]:
+        raise CourseError([f"no answers of '{s}'" for s in missing], "ask both systems, then score() their answers")
     totals = {s: _totals(part) for s, part in scores.groupby("system")}
     others = [s for s in totals if s not in ("base", "tuned")]
     people = preferences(run.path("evaluation"), rows, answers)
@@ -58,8 +68,11 @@ def report(
         "profile": run.profile.name,
         "model": run.profile.model,
         "files": dict(sorted((a["system"], a.get("gguf", "no model")) for a in answers)),
+        "sha256": made_of,
         "prompts": int(scores["row_id"].nunique()),
         "scenarios": int(scores["scenario_id"].nunique()),
+        "seen_in_training": seen_in_training(run, rows),
+        "answered_on": sorted({a["processor"] for a in answers if a.get("processor")}),
         "smallest_visible_difference": smallest_visible_difference(int(scores["row_id"].nunique())),
         "comparison": comparison.to_dict("records"),
         "rivals": {s: {m["measure"]: m for m in compare(scores, pair=(s, "tuned")).to_dict("records")} for s in others},
@@ -69,7 +82,8 @@ def report(
         "by_stakeholder": split.to_dict("records"),
         "worst": worst(scores),
         "measures": {name: vars(m) for name, m in MEASURES.items()},
-        **{k: run.record.get(k) or {} for k in ("machine", "versions")},
+        "machine": trained_on(run.record),
+        "versions": run.record.get("versions") or {},
     }
     known = {*comparison["measure"], *scores.columns[scores.notna().any()], *totals, *(["people"] if people else [])}
     facts["not_measured"] = [text for text, name in NOT_MEASURED.items() if name not in known]
@@ -79,7 +93,6 @@ def report(
     except CourseError as below:
         facts["below_bar"] = below.problems
     facts = finite(facts)
-    atomic_write_json(run.path("evaluation", "evaluation.json"), facts)
     voices = [row["stakeholder"] for row in rows]
     page = template("report.html.j2").render(
         facts=facts,
@@ -94,7 +107,36 @@ def report(
         cost=_cost(run.record),
         settings=run.record.get("profile") or {},
     )
-    return atomic_write_text(run.path("report.html"), page)
+    target = atomic_write_text(run.path("report.html"), page)
+    facts["sha256"]["report.html"] = sha256(target)
+    atomic_write_json(run.path("evaluation", "evaluation.json"), facts)
+    renew(run)
+    return target
+
+
+def digests(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """sha256 of each system's model file, of the rows asked ("rows") and of all answers ("answers").
+
+    Raises CourseError if one system's answers come from two files.
+    """
+    files = {(a["system"], a["sha256"]) for a in answers if a.get("sha256")}
+    systems = [s for s, _ in files]
+    if mixed := sorted({s for s in systems if systems.count(s) > 1}):
+        raise CourseError([f"the answers of '{s}' are of two model files" for s in mixed], "ask it again, then score()")
+    told = {
+        "rows": [[r["id"], r["prompt"], r.get("completion", "")] for r in rows],
+        "answers": sorted([a["system"], a["row_id"], a["text"]] for a in answers),
+    }
+    return dict(sorted(files)) | {k: hashlib.sha256(json.dumps(v).encode()).hexdigest() for k, v in told.items()}
+
+
+def seen_in_training(run: Any, rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """How many scenarios of `rows` stand in the rows that the adapter learned from; None if these are not there."""
+    learned = run.record.get("stages", {}).get("train", {}).get("inputs", {})
+    files = [run.path("training_data", f"{part}.jsonl") for part in ("train", "valid")]
+    if not all(f.exists() and learned.get(f"training_data/{f.name}") == sha256(f) for f in files):
+        return None
+    return len({r["scenario_id"] for r in rows} & {r["scenario_id"] for f in files for r in load_rows(f)})
 
 
 def verdict(facts: Mapping[str, Any]) -> list[str]:
@@ -105,12 +147,14 @@ def verdict(facts: Mapping[str, Any]) -> list[str]:
     good = _list(named["better"], "clearly better than its base on", "on no measure clearly better than its base")
     both = [facts["totals"][s] for s in ("tuned", "base")]
     right = [f"{t['grounded']} of {t['numbers']}" for t in both]
+    figures = f"Of the figures that it wrote, {right[0]} are as the prompt has them" if both[0]["numbers"] else ""
+    theirs = f"of the base model's, {right[1]}" if both[1]["numbers"] else "the base model wrote none"
     low, high = both[0]["faultless_interval"]
     unseen = _list(unclear, "; these prompts cannot tell the two apart on", "")
     blind = ", ".join(f"{p['criterion']} {p['tuned']} against {p['base']}" for p in facts["people"])
     return [
         f"The tuned model is {good}; it is {_list(named['worse'], 'clearly worse on', 'clearly worse on none')}.",
-        f"Of the figures that it wrote, {right[0]} are as the prompt has them; of the base model's, {right[1]}.",
+        f"{figures or 'It wrote no figure'}; {theirs}.",
         f"{both[0]['faultless']} of its {both[0]['answers']} answers passed every check (95 % interval: {low:.0%} to "
         f"{high:.0%}), of the base model's {both[1]['faultless']}.",
         f"This run used {facts['prompts']} prompts from {facts['scenarios']} scenarios, so a true difference under "

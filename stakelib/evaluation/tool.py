@@ -21,8 +21,9 @@ from stakelib.dialogues.prepare import SETTINGS
 from stakelib.dialogues.tasks import KEYS
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.statistics import clustered_wilson
-from stakelib.export import ensure_base_gguf, gguf_file
+from stakelib.export import check_exported, ensure_base_gguf, gguf_file
 from stakelib.export.serve import model_name, serving
+from stakelib.machine import describe
 from stakelib.models import Answer, base_model
 from stakelib.run import CourseError, Run
 from stakelib.scenarios import Scenario, scenario_id
@@ -180,11 +181,14 @@ def try_in_tool(
 ) -> pd.DataFrame:
     """Ask "tuned" or "base" (q8) for `rows` through an endpoint, one by one; one line per reply, see `judge`.
 
-    Replies are saved as they come, so what is asked again costs nothing. `temperature` 0 is greedy.
+    Replies are saved as they come, so what is asked again costs nothing; those of another computer do not count.
+    `temperature` 0 is greedy.
     """
     import pandas as pd
 
     base = base_model(run.profile.model)
+    if system == "tuned":
+        check_exported(run)
     gguf = gguf_file(run, "q8") if system == "tuned" else ensure_base_gguf(base)["q8"]
     replies = answers(
         run,
@@ -192,6 +196,8 @@ def try_in_tool(
         gguf,
         rows,
         engine_factory=partial(Caller, tokenizer=base.folder),
+        tokenizer=base.folder,
+        timed=True,
         max_new_tokens=run.profile.max_new_tokens,
         temperature=temperature,
         seed=run.profile.seed,
@@ -257,6 +263,7 @@ def waiting(run: Run, table: pd.DataFrame, times: int = 3) -> pd.DataFrame:
         return {"cold": seconds, "share": share}
 
     settings = {"prompt": prompt, "replies": [list(table["id"]), list(table["text"])], "times": times}
+    settings["processor"] = describe()["processor"]
     cold = run.stage("tool", settings, [gguf], [], work)["cold"]
     groups = {f"warm, {form}": part["seconds"] for form, part in tuned.groupby("form")}
     lines = [

@@ -17,10 +17,12 @@ from stakelib.machine import require
 from stakelib.models import BaseModel, base_model, gguf_base, load_tokenizer
 from stakelib.models.adapters import shapes
 from stakelib.models.catalog import cache_folder
-from stakelib.run import Run
+from stakelib.run import CourseError, Run
+from stakelib.training import adapter_folder
 
 __all__ = [
     "QUANTISATIONS",
+    "check_exported",
     "check_folder",
     "converter",
     "disk_for",
@@ -61,6 +63,14 @@ def export(run: Run, adapter: Path) -> dict[str, Any]:
     source = base.source_json
     run.stage("export", {"quantisations": list(files)}, [adapter, source], [merged, *files.values(), target], work)
     return {"k_quants": k_quants(run), "bytes": {q: f.stat().st_size for q, f in gguf_files(run).items()}}
+
+
+def check_exported(run: Run) -> None:
+    """Raise CourseError if the record says that the adapter was trained anew after its GGUF files were made."""
+    adapter = adapter_folder(run)
+    trained, exported = run.recorded("train", adapter), run.recorded("export", adapter, "inputs")
+    if trained and exported and trained != exported:
+        raise CourseError(f"the GGUF files are of another adapter than {adapter.name} as it is now", "run notebook 05")
 
 
 def disk_for(base: BaseModel, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from stakelib.export import ensure_base_gguf
 from stakelib.models import base_model
 from stakelib.models.adapters import PEFT_FILES, check_adapter
-from stakelib.run import CourseError, Run, writing
+from stakelib.run import CourseError, Run, sha256, writing
 from stakelib.training import adapter_folder
 from stakelib.training.nine import PLACES, voice_adapters, voice_run
 from stakelib.voices import STAKEHOLDERS
@@ -42,10 +42,21 @@ def export_nine(run: Run, start: str = "base") -> dict[str, Path]:
 
 
 def nine_files(run: Run, start: str = "base") -> dict[str, Path]:
-    """What `export_nine` wrote, by the same names. Raises CourseError if a file is missing."""
-    files = _files(run, start)
-    if missing := [f"{file.name} is missing" for file in files.values() if not file.exists()]:
-        raise CourseError(missing, "run export_nine(run), as in notebook 07")
+    """What `export_nine` wrote, by the same names.
+
+    Raises CourseError listing each file that is missing, changed, or of an adapter that was trained anew since.
+    """
+    files, problems = _files(run, start), []
+    for who, file in files.items():
+        adapter = adapter_folder(run if who == ALL else voice_run(run, who, start))
+        if not file.exists():
+            problems.append(f"{file.name} is missing")
+        elif run.recorded(PLACES[start], file) != sha256(file):
+            problems.append(f"{file.name} is not the file that export_nine wrote")
+        elif not adapter.exists() or run.recorded(PLACES[start], adapter, "inputs") != sha256(adapter):
+            problems.append(f"{file.name} is of another adapter than {adapter.name} as it is now")
+    if problems:
+        raise CourseError(problems, "run export_nine(run), as in notebook 07")
     return files
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stakelib.dialogues import brief, prompt_text
+from stakelib.dialogues.prepare import LOADED
 from stakelib.export import gguf_file
 from stakelib.export.ollama import as_trained
 from stakelib.models import base_model, load_tokenizer, render, template
@@ -86,13 +87,20 @@ def page(run: Run, scenarios: Sequence[Scenario], variant: str = "pragmatic") ->
             for name, text in texts.items():
                 (part / name).write_text(text, encoding="utf-8", newline="\n")
             for name in PARTS.values():
-                shutil.copyfile(runtime / name, part / name)
+                link(runtime / name, part / name)
             asked = [_prompts(tokenizer, scenario, variant) for scenario in scenarios]
             about = {"name": gguf.stem, "tokens": run.profile.max_new_tokens, "files": _model(gguf, part)}
+            about["sha256"] = sha256(gguf)
             atomic_write_json(part / "prompts.json", {**about, "scenarios": asked})
         return {"scenarios": len(asked), "files": about["files"]}
 
-    settings = {"texts": texts, "wllama": WLLAMA, "variant": variant, "scenarios": [s.model_dump() for s in scenarios]}
+    settings = {
+        "texts": texts,
+        "wllama": WLLAMA,
+        "rules": LOADED,
+        "variant": variant,
+        "scenarios": [s.model_dump() for s in scenarios],
+    }
     run.stage("page", settings, [gguf, base.source_json], [target], work)
     return target
 

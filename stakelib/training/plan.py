@@ -285,7 +285,9 @@ def hours(model: str, recipe: Recipe, data: Rows, valid: Rows, epochs: int) -> f
         return nan
     config, middle = config_of(model), sorted(data, key=lambda r: len(r.ids))[len(data) // 2]
     tokens, learned = len(middle.ids), sum(middle.mask)
-    layer_s, forward_s, output_s, output_forward_s = _probe(model, replace(recipe, layers=None), tokens, learned)
+    layer_s, forward_s, output_s, output_forward_s = _probe(
+        model, replace(recipe, layers=None), tokens, learned, config.to_json_string()
+    )
     every, learn = config.num_hidden_layers, len(layer_numbers(config, recipe))
     width, numbers = matrices(config)["q_proj"][1], sum(a * b for a, b in matrices(config).values())
 
@@ -299,11 +301,14 @@ def hours(model: str, recipe: Recipe, data: Rows, valid: Rows, epochs: int) -> f
 
 
 @cache
-def _probe(model: str, recipe: Recipe, tokens: int, learned: int) -> tuple[float, float, float, float]:
+def _probe(
+    model: str, recipe: Recipe, tokens: int, learned: int, config_text: str = ""
+) -> tuple[float, float, float, float]:
     """Seconds of one layer, there and back and forward alone, and the same of the output layer with the loss.
 
     A model of no layer and one of one layer, with random weights and an eighth of the vocabulary, are written to a
-    folder and loaded as training would load them.
+    folder and loaded as training would load them. Measured again where `config_text` differs: somebody's own folder
+    may have changed.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
