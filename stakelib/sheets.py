@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stakelib.run import CourseError, writing
+from stakelib.run import CourseError, link, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,23 +89,27 @@ def read_text(path: str | Path) -> str:
     return decode(_bytes(Path(path)), Path(path).name)
 
 
-def decode(data: bytes, name: str) -> str:
+def decode(data: bytes, name: str, next_action: str = SAVE) -> str:
     """Bytes of a file as text; the mark at its start decides, without one it must be UTF-8."""
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
         return data.decode("utf-16" if utf16 else "utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
-        raise CourseError(f"{name}: not UTF-8 (byte {error.start:,}): accents and signs would be lost", SAVE) from error
+        raise CourseError(
+            f"{name}: not UTF-8 (byte {error.start:,}): accents and signs would be lost", next_action
+        ) from error
 
 
-def write_sheet(path: str | Path, rows: Iterable[Sequence[str]], columns: Sequence[str], separator: str = ",") -> Path:
+def write_sheet(path: str | Path, rows: Iterable[Sequence[str]], columns: Sequence[str], separator: str = "") -> Path:
     """Write a table for people: .xlsx, or CSV in UTF-8 with the mark that Excel needs, by what the name ends in.
 
-    `separator`: ";" for an Excel in French, German and most other languages of Europe. No cell becomes a formula.
+    `separator`: ";" for an Excel in French, German and most other languages of Europe; where it is not given, that of
+    the file which is there, else ",". No cell becomes a formula.
+    A file of that name stays as it is if it holds these rows already, else it is kept as <name>.before-<number>.
     Raises CourseError for another ending, for a cell longer than Excel keeps, and if the file cannot be written.
     """
     path = Path(path)
-    kind = path.suffix.lower()
+    kind, separator = path.suffix.lower(), separator or _separator(path)
     if kind not in (".csv", ".tsv", ".txt", ".xlsx") or separator not in tuple(SEPARATORS):
         what = f"{path.name}, separator {separator!r}"
         raise CourseError(f"{what}: such a sheet cannot be written", "end the name in .csv or .xlsx; use ',' or ';'.")
@@ -113,7 +117,10 @@ def write_sheet(path: str | Path, rows: Iterable[Sequence[str]], columns: Sequen
     long = [(n, f"a cell holds more than {LONGEST:,} characters") for n, r in enumerate(cells, 1) if _longest(r)]
     if long:
         raise CourseError(listed(path.name, long), "shorten these texts: no spreadsheet keeps them whole.")
+    if path.exists() and _holds(path, cells) and separator == _separator(path):
+        return path
     try:
+        _set_aside(path)
         with writing(path) as part:
             if kind == ".xlsx":
                 _write_workbook(part, cells)
@@ -124,6 +131,27 @@ def write_sheet(path: str | Path, rows: Iterable[Sequence[str]], columns: Sequen
         why = error.strerror or error
         raise CourseError(f"{path}: cannot be written ({why})", "close it in Excel, or choose another name.") from error
     return path
+
+
+def _separator(path: Path) -> str:
+    with contextlib.suppress(CourseError):
+        head = "" if is_workbook(path) else read_text(path)[:5000].partition("\n")[0]
+        return max(SEPARATORS, key=head.count)
+    return ","
+
+
+def _holds(path: Path, cells: Sequence[Sequence[str]]) -> bool:
+    with contextlib.suppress(CourseError):
+        table = read_sheet(path, cells[0])
+        return [list(table.columns), *table.to_numpy().tolist()] == [list(row) for row in cells]
+    return False
+
+
+def _set_aside(path: Path) -> None:
+    """A person may have written in the sheet, in columns of their own too: it is never thrown away."""
+    if path.exists():
+        free = (path.with_name(f"{path.stem}.before-{n}{path.suffix}") for n in itertools.count(1))
+        link(path, next(name for name in free if not name.exists()))
 
 
 def plain(text: str) -> str:
