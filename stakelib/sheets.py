@@ -76,7 +76,8 @@ def _parsed(
         if _header(rows, wanted):
             return _table(_rows(text, s, name), name, wanted, optional, padded=False)
     list(_rows(text, max(separators, key=text[:5000].count), name))  # a damaged file is told as such
-    raise _no_header(name, max(heads, key=lambda rows: _matches(rows, wanted)[0]), wanted)
+    best = max(heads, key=lambda rows: _matches(rows, wanted)[0])
+    raise _no_header(name, list(enumerate(best, 1)), wanted)
 
 
 def is_workbook(path: str | Path) -> bool:
@@ -119,8 +120,8 @@ def write_sheet(path: str | Path, rows: Iterable[Sequence[str]], columns: Sequen
         raise CourseError(listed(path.name, long), "shorten these texts: no spreadsheet keeps them whole.")
     if path.exists() and _holds(path, cells) and separator == _separator(path):
         return path
+    aside = _set_aside(path)
     try:
-        _set_aside(path)
         with writing(path) as part:
             if kind == ".xlsx":
                 _write_workbook(part, cells)
@@ -128,6 +129,8 @@ def write_sheet(path: str | Path, rows: Iterable[Sequence[str]], columns: Sequen
                 with part.open("w", encoding="utf-8-sig", newline="") as stream:
                     csv.writer(stream, delimiter=separator).writerows(map(as_cell, row) for row in cells)
     except OSError as error:
+        if aside:
+            aside.unlink(missing_ok=True)
         why = error.strerror or error
         raise CourseError(f"{path}: cannot be written ({why})", "close it in Excel, or choose another name.") from error
     return path
@@ -147,11 +150,14 @@ def _holds(path: Path, cells: Sequence[Sequence[str]]) -> bool:
     return False
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path) -> Path | None:
     """A person may have written in the sheet, in columns of their own too: it is never thrown away."""
-    if path.exists():
-        free = (path.with_name(f"{path.stem}.before-{n}{path.suffix}") for n in itertools.count(1))
-        link(path, next(name for name in free if not name.exists()))
+    if not path.is_file():
+        return None
+    names = (path.with_name(f"{path.stem}.before-{n}{path.suffix}") for n in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    link(path, free)
+    return free
 
 
 def plain(text: str) -> str:
@@ -255,12 +261,13 @@ def _matches(rows: Sequence[Sequence[str]], wanted: Sequence[Collection[str]]) -
     return best
 
 
-def _no_header(name: str, rows: Sequence[Sequence[str]], wanted: Sequence[Collection[str]]) -> CourseError:
+def _no_header(name: str, numbered: Sequence[Row], wanted: Sequence[Collection[str]]) -> CourseError:
+    rows = [row for _, row in numbered]
     count, place, columns = _matches(rows, wanted)
-    if not any(any(row) for row in rows):
+    if not any(map(str.strip, itertools.chain(*rows))):
         return CourseError(f"{name}: the file is empty", SAVE)
     keys = {_key(cell) for cell in rows[place]} if count else set()
-    missing = [f"{name}: row {place + 1}: column {c!r} is missing" for c in columns if _key(c) not in keys]
+    missing = [f"{name}: row {numbered[place][0]}: column {c!r} is missing" for c in columns if _key(c) not in keys]
     if count:
         return CourseError(missing, "give the columns these names in the first row of the table.")
     sets = " or ".join(", ".join(columns) for columns in wanted)
@@ -332,11 +339,10 @@ def _from_workbook(
     try:
         sheets = _sheets(data)
     except Exception as error:  # a damaged workbook can fail anywhere in openpyxl
-        raise CourseError(f"{name} cannot be read as an Excel workbook ({error})", SAVE) from error
+        raise CourseError(f"{name} cannot be read as an Excel workbook: it is damaged", SAVE) from error
     for title, (rows, wrong) in sheets.items():
-        head = [row for _, row in rows[:SEARCHED]]
-        heads.append(head)
-        if _header(head, wanted):
+        heads.append(rows[:SEARCHED])
+        if _header([row for _, row in heads[-1]], wanted):
             problems += listed(f"{name}, sheet {title!r}", wrong)
             tables[title] = [] if wrong else _table(rows, name, wanted, optional, padded=True)
             continue
@@ -350,7 +356,8 @@ def _from_workbook(
         raise CourseError(f"{name}: {len(filled)} sheets hold such a table: {told}", "keep one of them in the file.")
     if not filled:
         told = ", ".join(map(repr, sheets)) or "none that can be read"
-        problem = _no_header(name, max(heads, key=lambda rows: _matches(rows, wanted)[0], default=[]), wanted)
+        best = max(heads, key=lambda rows: _matches([row for _, row in rows], wanted)[0], default=[])
+        problem = _no_header(name, best, wanted)
         raise CourseError(
             [f"{name}: no sheet holds the table (sheets: {told})", *problem.problems], problem.next_action
         )

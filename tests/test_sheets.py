@@ -198,6 +198,8 @@ def test_one_sheet_must_hold_the_table(tmp_path: Path) -> None:
         read_sheet(book(path, twice), WANTED)
     with pytest.raises(CourseError, match="'Sheet'"):
         read_sheet(book(path, put(["x"])), WANTED)
+    with pytest.raises(CourseError, match="row 3: column 'value' is missing"):
+        read_sheet(book(path, put(["x"], [], ["id", "year"])), WANTED)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,9 @@ def test_a_sheet_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(CourseError):
         write_sheet(tmp_path / "x.csv" / "y.csv", ROWS, WANTED)
-    assert path.read_bytes() == before
+    with pytest.raises(CourseError):
+        write_sheet(tmp_path / "folder.csv", ROWS, WANTED)
+    assert path.read_bytes() == before and not list(tmp_path.glob("*before*"))
 
 
 @settings(max_examples=300, deadline=None)
