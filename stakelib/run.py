@@ -430,7 +430,7 @@ class Run:
             "result": json.loads(json.dumps(result, allow_nan=False)),
             "seconds": round(time.monotonic() - started, 1),
             "peak_mb": round(memory.peak_mb),
-            "versions": versions(),
+            "versions": self.record.get("versions") or versions(),
             "finished": datetime.now().isoformat(sep=" ", timespec="minutes"),
         }
         with self._recording():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,15 @@ def test_a_name_that_makes_no_file_name_is_refused(name: str, tmp_path: Path) ->
         rating(tmp_path, name)
 
 
-def filled(path: Path, changes: dict[int, dict[str, str]], delimiter: str = ",") -> Path:
+def filled(
+    path: Path,
+    changes: dict[int, dict[str, str]],
+    delimiter: str = ",",
+    semicolons: dict[int, dict[str, str]] | None = None,
+) -> Path:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        head, *lines = csv.reader(stream)
+        head, *lines = csv.reader(stream, delimiter=";" if semicolons else ",")
+    changes = semicolons or changes
     for number, cells in changes.items():
         lines[number] = [cells.get(name, old) for name, old in zip(head, lines[number], strict=True)]
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
@@ -140,8 +147,78 @@ def test_every_bad_line_of_a_sheet_is_listed_and_nothing_taken(tmp_path: Path) -
     with pytest.raises(CourseError, match="not ben's"):
         read_sheet(rating(tmp_path, "Ben"), rating_sheet(one, tmp_path / "again.csv"))
     (tmp_path / "x.csv").write_text("id,accuracy\n", encoding="utf-8")
-    with pytest.raises(CourseError, match="rating_sheet"):
+    with pytest.raises(CourseError, match="column 'naturalness' is missing"):
         read_sheet(one, tmp_path / "x.csv")
+
+
+def test_a_workbook_goes_out_and_comes_back(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    odd = [{**a, "text": "=1+1\x00"} if a["row_id"] == "r0" else a for a in SAID]
+    one = rating(tmp_path, said=odd)
+    path = rating_sheet(one, tmp_path / "ada.xlsx")
+    book = openpyxl.load_workbook(path)
+    sheet = book.active
+    at = {cell.value: cell.column for cell in sheet[1]}
+    assert sheet.cell([r[0].value for r in sheet].index("r0") + 1, at["A"]).value.startswith("=1+1")
+    sheet.cell(2, at["accuracy"], " a ")
+    sheet.cell(4, at["relevance"], "Same")
+    sheet.move_range("A2:J9", rows=3)  # blank rows above
+    book.create_sheet("remarks", 0).append(["I was tired"])
+    book.save(path)
+    assert (read_sheet(one, path), read_sheet(one, path)) == (2, 0)
+    first, third = list(one.rows)[0], list(one.rows)[2]
+    assert (one.choice(first, "accuracy"), one.choice(third, "relevance")) == ("A", "same")
+    rating_sheet(one, path)  # without the other sheet, which is kept beside it
+    assert len(openpyxl.load_workbook(path).sheetnames) == 1
+    assert "remarks" in openpyxl.load_workbook(tmp_path / "ada.before-1.xlsx").sheetnames
+
+
+def test_remarks_of_a_rater_outlive_a_new_sheet(tmp_path: Path) -> None:
+    one = rating(tmp_path)
+    path = rating_sheet(one, tmp_path / "ada.csv", separator=";")
+    text = path.read_text(encoding="utf-8-sig")
+    assert text.startswith("id;stakeholder;")
+    assert rating_sheet(one, path).read_text(encoding="utf-8-sig") == text and not list(tmp_path.glob("*before*"))
+    head, _, body = text.partition("\n")
+    path.write_text(f"{head.strip()};remarks\n" + body.replace("\n", ";good\r\n"), encoding="utf-8", newline="")
+    rating_sheet(one, path)
+    assert path.read_text(encoding="utf-8-sig") == text  # with semicolons, as it was
+    assert ";good" in (tmp_path / "ada.before-1.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text + ";;;;;;;;;\r\n" * 5,
+        lambda text: "\r\n" + text.replace("accuracy", " Accuracy"),
+        lambda text: "sep=;\r\n" + text,
+        lambda text: "\n".join('"' + line.replace('"', '""') + '"' for line in text.splitlines()),
+    ],
+)
+def test_habits_of_spreadsheets_in_a_rating_sheet(spoil: Callable[[str], str], tmp_path: Path) -> None:
+    one = rating(tmp_path)
+    path = rating_sheet(one, tmp_path / "ada.csv", separator=";")
+    filled(path, {}, ";", {0: {"accuracy": "B"}})
+    path.write_text(spoil(path.read_text(encoding="utf-8-sig")), encoding="utf-8", newline="")
+    assert read_sheet(one, path) == 1 and one.choice(list(one.rows)[0], "accuracy") == "B"
+
+
+def test_votes_that_are_not_utf8_or_were_cut_are_kept(tmp_path: Path) -> None:
+    prefer(rating(tmp_path), "tuned")
+    file = tmp_path / "ratings-ada.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    assert len(rating(tmp_path).votes) == 7
+    assert (tmp_path / "ratings-ada.jsonl.cut").read_bytes() + b"" == whole.split(b"\n")[7][:-19] + b"\n"
+    file.write_bytes(whole + b'{"row_id": "\xe9"}\n{"half')
+    before = file.read_bytes()
+    with pytest.raises(CourseError, match="UTF-8"):
+        rating(tmp_path)
+    assert file.read_bytes() == before
+    file.write_bytes(b"\xff\xfe" + whole.decode().encode("utf-16-le"))
+    assert len(rating(tmp_path).votes) == 8
+    rating(tmp_path).vote("r1", "relevance", "A")
+    assert len(rating(tmp_path).votes) == 9
 
 
 def test_preferences_count_wins_with_intervals_over_scenarios(tmp_path: Path) -> None:

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import stakelib
 from stakelib import widgets
 from stakelib.dialogues import Review, build, open_review, prepare, read, split
 from stakelib.dialogues.files import write_rows
-from stakelib.dialogues.review import EDITS, GENERATED, apply_edits, as_cell, read_edits
+from stakelib.dialogues.review import EDITS, GENERATED, apply_edits, read_edits
 from stakelib.run import CourseError, Run
 from stakelib.scenarios import sample
 
@@ -190,10 +188,10 @@ def test_csv_problems_are_all_listed_and_nothing_is_taken(folder: Path) -> None:
     ("content", "said"),
     [
         (b"id,decision\n", "column 'completion' is missing"),
-        (b"", "column 'id' is missing"),
+        (b"", "empty"),
         ("id,decision,completion\nä,,".encode("cp1252"), "not UTF-8"),
         (b"id,decision,completion\n", "column 'of' is missing"),
-        (b"id,decision,completion,of\nx,accept\n", "row 2: 2 cells, want 4"),
+        (b"id,decision,completion,of\nx,accept\n", "row 2: has fewer cells"),
         (b'id,decision,completion,of\n"x,accept\n', "review.csv:"),
     ],
 )
@@ -205,12 +203,202 @@ def test_csv_files_that_are_none(folder: Path, content: bytes, said: str) -> Non
         Review(folder).from_csv(folder / "gone.csv")
 
 
-@settings(max_examples=200)
-@given(st.text())
-def test_no_cell_is_a_formula(text: str) -> None:
-    cell = as_cell(text)
-    assert cell[:1] not in ("=", "+", "-", "@", "\t")
-    assert (cell[1:] if cell[:1] == "'" else cell) == text
+def changed(path: Path, cells: dict[str, dict[str, str]], **options: Any) -> Path:
+    """The sheet as a reviewer sends it back: cells by row id and column."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        head, *rows = csv.reader(stream)
+    rows = [[cells.get(row[0], {}).get(c, old) for c, old in zip(head, row, strict=True)] for row in rows]
+    with path.open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream, **options).writerows([head, *rows])
+    return path
+
+
+def test_a_workbook_goes_out_and_comes_back(folder: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    review = Review(folder)
+    path = review.to_sheet(folder / "review.xlsx")
+    assert review.from_sheet(path) == 0 and not (folder / EDITS).exists()
+    book = openpyxl.load_workbook(path)
+    sheet = book.active
+    at = {cell.value: cell.column for cell in sheet[1]}
+    sheet.cell(2, at["completion"], GOOD)
+    sheet.cell(3, at["decision"], "Accept ")
+    sheet.insert_rows(2, 3)
+    sheet.insert_cols(1, 2)
+    sheet["A1"] = "remarks"
+    sheet["A9"] = "to be talked about"
+    book.save(path)
+    assert review.from_sheet(path) == 2
+    again = Review(folder)
+    assert [again.state(i) for i in (FIRST, SECOND, THIRD)] == ["edited", "accepted", "not reviewed"]
+    assert again.current(FIRST).completion == GOOD
+    again.to_sheet(path)
+    assert again.from_sheet(path) == 0
+    kept = openpyxl.load_workbook(folder / "review.before-1.xlsx").active
+    assert kept["A9"].value == "to be talked about"
+
+
+@pytest.mark.parametrize("habit", ["semicolons", "blank rows", "one column", "sorted", "moved"])
+def test_habits_of_spreadsheets_in_a_review_sheet(habit: str, folder: Path) -> None:
+    review = Review(folder)
+    path = review.to_sheet(folder / "review.csv")
+    changed(
+        path,
+        {FIRST: {"completion": GOOD}, SECOND: {"decision": "reject"}},
+        delimiter="," if habit == "one column" else ";",
+    )
+    text = path.read_text(encoding="utf-8-sig")
+    if habit == "blank rows":
+        text += ";;;;;;;;;\r\n" * 9
+    if habit == "one column":
+        lines = [line.split(";") for line in text.replace("\r\n", "\n").split("\n")]
+        out = io.StringIO(newline="")
+        csv.writer(out, delimiter=";").writerows(lines)
+        text = out.getvalue()
+    if habit in ("sorted", "moved"):
+        head, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=";")
+        out = io.StringIO(newline="")
+        table = [head, *rows[::-1]] if habit == "sorted" else [row[::-1] for row in (head, *rows)]
+        csv.writer(out, delimiter=";").writerows(table)
+        text = out.getvalue()
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    assert review.from_sheet(path) == 2
+    again = Review(folder)
+    assert again.current(FIRST).completion == GOOD and again.state(SECOND) == "rejected"
+
+
+@pytest.mark.parametrize("text", ["'Tis no plan. {}", "''{}", "'={}", "={}", "-{}", "'"])
+@pytest.mark.parametrize("program", ["Excel", "strips one apostrophe", "strips them all", "workbook"])
+def test_a_first_sign_is_no_edit_in_any_program(text: str, program: str, folder: Path) -> None:
+    texts = text.format(ROWS[0].completion)
+    write_rows([ROWS[0].model_copy(update={"completion": texts}), *ROWS[1:]], folder / GENERATED)
+    review = Review(folder)
+    path = review.to_sheet(folder / ("review.xlsx" if program == "workbook" else "review.csv"))
+    if program.startswith("strips"):
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.reader(stream))
+        at = rows[0].index("completion")
+        rows[1][at] = rows[1][at].lstrip("'") if "all" in program else rows[1][at].removeprefix("'")
+        rows[2][rows[0].index("decision")] = "accept"
+        with path.open("w", encoding="utf-8-sig", newline="") as stream:
+            csv.writer(stream).writerows(rows)
+    assert review.from_sheet(path) == (1 if program.startswith("strips") else 0)
+    assert FIRST not in Review(folder).edits
+
+
+def test_a_late_sheet_brings_what_was_written_in_it(folder: Path) -> None:
+    review = Review(folder)
+    path = review.to_sheet(folder / "review.csv")
+    changed(path, {SECOND: {"decision": "accept"}})
+    Review(folder).decide(FIRST, "edit", GOOD)  # meanwhile, in another window, about another row
+    assert review.from_sheet(path) == 1
+    again = Review(folder)
+    assert [again.state(i) for i in (FIRST, SECOND)] == ["edited", "accepted"]
+
+
+def test_a_sheet_saved_again_keeps_what_a_person_wrote(folder: Path) -> None:
+    review = Review(folder)
+    path = review.to_sheet(folder / "review.csv")
+    before = path.read_bytes()
+    assert review.to_sheet(path).read_bytes() == before and not list(folder.glob("*before*"))
+    changed(path, {FIRST: {"completion": GOOD}})
+    review.to_sheet(path)
+    assert Review(folder).current(FIRST).completion == GOOD and GOOD in path.read_text(encoding="utf-8-sig")
+    changed(path, {FIRST: {"completion": BAD}, SECOND: {"prompt": "Is this figure right?"}})
+    spoiled = path.read_bytes()
+    with pytest.raises(CourseError, match="99.9%"):
+        review.to_sheet(path)
+    assert path.read_bytes() == spoiled
+    path.write_text("my own,table\n1,2\n", encoding="utf-8")
+    with pytest.raises(CourseError):
+        review.to_sheet(path)
+    assert path.read_text(encoding="utf-8") == "my own,table\n1,2\n"
+
+
+def test_an_error_of_the_spreadsheet_is_no_text(folder: Path) -> None:
+    review = Review(folder)
+    voice = next(i for i, row in review.rows.items() if row.task == "voice")
+    with pytest.raises(CourseError, match="formula"):
+        review.from_sheet(changed(review.to_sheet(folder / "review.csv"), {voice: {"completion": "#NAME?"}}))
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b + b"\xe9\n", lambda b: b"\xe9" + b, lambda b: b + b"{}\n" + b'{"id": "x']
+)
+def test_broken_decisions_stop_every_step_and_are_kept(spoil: Any, folder: Path) -> None:
+    review = Review(folder)
+    review.decide(FIRST, "edit", GOOD)
+    (folder / EDITS).write_bytes(spoil((folder / EDITS).read_bytes()))
+    before = (folder / EDITS).read_bytes()
+    for step in (lambda: Review(folder), lambda: review.decide(SECOND, "accept"), lambda: review.reset(FIRST)):
+        with pytest.raises(CourseError):
+            step()
+    assert (folder / EDITS).read_bytes() == before
+
+
+def test_a_last_decision_that_was_cut_is_kept_aside(folder: Path) -> None:
+    review = Review(folder)
+    review.decide(FIRST, "edit", GOOD)
+    review.decide(SECOND, "accept")
+    whole = (folder / EDITS).read_bytes()
+    (folder / EDITS).write_bytes(whole[:-9])
+    Review(folder).decide(THIRD, "reject")
+    assert set(Review(folder).edits) == {FIRST, THIRD}
+    assert (folder / f"{EDITS}.cut").read_bytes().strip() == whole.split(b"\n")[1][:-8]
+    (folder / EDITS).write_bytes(whole.rstrip())  # as some editors leave it
+    assert set(read_edits(folder)) == {FIRST, SECOND}
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+LINE = ROWS[0].model_dump_json()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + LINE.encode() + b"\n",
+        b"\xff\xfe" + f"{LINE}\n{LINE}".encode("utf-16-le"),
+        f"{LINE}\r\n\r\n".encode(),
+        f"{LINE}\r{LINE}\r".encode(),
+        LINE.replace(ROWS[0].scenario, "A\u2028B\u0085C").encode(),
+    ],
+)
+def test_rows_as_programs_save_them(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    assert all(row.completion == ROWS[0].completion for row in read(path)) and read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps(json.loads(LINE), indent=2).encode(), "an object over several lines"),
+        (f"[{LINE},\n{LINE}]".encode(), "a list"),
+        (f"[{LINE}]".encode(), "a list"),
+        (LINE.replace('"id":"', '"id":"\\ud83d').encode(), "half a character"),
+        (LINE.encode().replace(b'"id":"', b'"id":"\xe9'), "not UTF-8"),
+        (LINE.replace('"id":"', '"id":"\0').encode(), "control character"),
+        (LINE.encode("utf-16-le"), "mine.jsonl"),
+        (f"{LINE}{LINE}".encode(), "trailing characters"),
+    ],
+)
+def test_rows_that_cannot_be_read_say_why(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(CourseError, match=said) as caught:
+        read(path)
+    assert len(caught.value.problems) == 1 and path.read_bytes() == content
+
+
+def test_a_thousand_broken_rows_are_not_a_thousand_lines(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("nonsense\n" * 1000, encoding="utf-8")
+    with pytest.raises(CourseError, match="980 more") as caught:
+        read(path)
+    assert len(caught.value.problems) == 21
+    with pytest.raises(CourseError):
+        read(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- widget

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.run import CourseError, writing
+from stakelib.sheets import SHOWN, decode
 
 Line = TypeVar("Line", bound=BaseModel)
 SPLITS = ("train", "valid", "test")
@@ -46,19 +49,74 @@ def read(path: str | Path) -> list[Dialogue]:
 
 
 def read_lines(kind: type[Line], path: Path, mend: str) -> list[Line]:
-    """One object per line of a JSONL file; CourseError lists every broken line and ends with `mend`."""
-    rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    """One object per line of a JSONL file; CourseError lists the broken lines and ends with `mend`."""
+    return _parsed(kind, _bytes(path, mend), path.name, mend)
+
+
+def read_log(kind: type[Line], path: Path, mend: str) -> list[Line]:
+    """Like `read_lines`, for a file that grows line by line; empty where there is none yet.
+
+    A last line that was cut off is moved to <name>.cut, so that the next line does not join it. Nothing is moved where
+    another line is broken.
+    """
+    if not path.exists():
+        return []
+    data = _bytes(path, mend)
+    whole = decode(data, path.name, mend).encode() if data[:2] in (b"\xff\xfe", b"\xfe\xff") else data
+    last = whole[whole.rfind(b"\n") + 1 :].strip()
+    cut = last.startswith(b"{") and not last.endswith(b"}")
+    whole = whole[: whole.rfind(b"\n") + 1] if cut else whole if whole.endswith(b"\n") or not last else whole + b"\n"
+    rows = _parsed(kind, whole, path.name, mend)
+    if cut:
+        with path.with_name(f"{path.name}.cut").open("ab") as aside:
+            aside.write(last + b"\n")
+        print(f"{path.name}: its last line was cut off; it is kept in {path.name}.cut")
+    if whole != data:
+        with writing(path) as part:
+            part.write_bytes(whole)
+    return rows
+
+
+def _bytes(path: Path, mend: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CourseError(f"{path}: cannot be read ({error.strerror})", mend) from error
+
+
+def _parsed(kind: type[Line], data: bytes, name: str, mend: str) -> list[Line]:
+    text = decode(data, name, mend).replace("\r\n", "\n").replace("\r", "\n")
+    rows, broken = [], []
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [kind.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
-            problems += [
-                f"{path.name}:{number}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
-                for e in error.errors(include_url=False)
-            ]
-    if problems:
-        raise CourseError(problems, mend)
+            broken.append(
+                (number, [f"{'.'.join(map(str, e['loc'])) or 'line'}: {_said(e['msg'])}" for e in error.errors()])
+            )
+    if broken and (layout := _layout(text)):
+        raise CourseError(f"{name} holds {layout}; each row must be one object on a line of its own", mend)
+    if broken:
+        more = [f"{name}: and {len(broken) - SHOWN} more lines like these"] if len(broken) > SHOWN else []
+        raise CourseError([f"{name}:{n}: {why}" for n, all_of in broken[:SHOWN] for why in all_of] + more, mend)
     return rows
+
+
+def _said(message: str) -> str:
+    if "hex escape" in message or "surrogate" in message:
+        return "holds half a character, as a cut emoji leaves it"
+    return re.sub(r" at line \d+ column", " at column", message)
+
+
+def _layout(text: str) -> str:
+    """What a file of JSON holds that is none of JSON Lines."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value, end = json.JSONDecoder().raw_decode(text.strip())
+        if isinstance(value, list):
+            return "a list"
+        if "\n" in text.strip()[:end]:
+            return "an object over several lines"
+    return ""
 
 
 def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

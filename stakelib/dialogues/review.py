@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +13,10 @@ from pydantic import BaseModel
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.dialogues.check import problems_of, said
-from stakelib.dialogues.files import read, read_lines
+from stakelib.dialogues.files import read, read_log
 from stakelib.dialogues.numbers import mentions
-from stakelib.run import CourseError, atomic_write_text, writing
+from stakelib.run import CourseError, atomic_write_text
+from stakelib.sheets import plain, read_sheet, write_sheet
 
 GENERATED, EDITS = "generated.jsonl", "edits.jsonl"
 GOAL = (50, 100)  # rows that the guide asks to improve by hand
@@ -36,10 +36,10 @@ class Edit(BaseModel):
 
 
 def read_edits(folder: str | Path) -> dict[str, Edit]:
-    """Decisions by row id, empty if nobody reviewed anything; CourseError lists every broken line."""
+    """Decisions by row id, empty if nobody reviewed anything; CourseError lists the broken lines."""
     path = Path(folder) / EDITS
     mend = f"mend these lines of {path}, or move the file away to start the review again."
-    return {e.id: e for e in read_lines(Edit, path, mend)} if path.exists() else {}
+    return {e.id: e for e in read_log(Edit, path, mend)}
 
 
 def apply_edits(rows: Iterable[Dialogue], edits: dict[str, Edit]) -> list[Dialogue]:
@@ -159,45 +159,48 @@ class Review:
             ]
         )
 
-    def to_csv(self, path: str | Path) -> Path:
-        """All rows for a reviewer without Jupyter: a file that Excel opens, to change `completion` or `decision` in."""
-        with writing(Path(path)) as part, part.open("w", encoding="utf-8-sig", newline="") as stream:
-            table = csv.writer(stream)
-            table.writerow(COLUMNS)
-            for i in self.rows:
-                row, edit = self.current(i), self.edits.get(i)
-                cells = (
-                    i,
-                    row.stakeholder,
-                    row.task,
-                    row.country,
-                    row.scenario,
-                    row.prompt,
-                    edit.action if edit else "",
-                    row.completion,
-                    "; ".join(self.problems(i)),
-                    self._stamp(i),
-                )
-                table.writerow(map(as_cell, cells))
-        return Path(path)
+    def to_sheet(self, path: str | Path, separator: str = "") -> Path:
+        """All rows for a reviewer without Jupyter, who changes `completion` or `decision` in Excel.
 
-    def from_csv(self, path: str | Path) -> int:
-        """Take decisions and new texts from a file that `to_csv` wrote; returns how many rows changed.
+        The name ends in .xlsx or .csv. `separator`: ";" for a CSV that an Excel in French or German opens. What was
+        written in a sheet of that name is taken over first, see `from_sheet`; it is replaced only then.
+        """
+        if Path(path).exists():
+            self.from_sheet(path)
+        return write_sheet(path, [self._cells(i) for i in self.rows], COLUMNS, separator)
 
-        All or nothing: CourseError lists every problem with file and row, and nothing is saved.
+    def from_sheet(self, path: str | Path) -> int:
+        """Take decisions and new texts from a file that `to_sheet` wrote; returns how many rows changed.
+
+        All or nothing: CourseError lists every problem with file and row, and nothing is saved. Rows in which nobody
+        wrote are passed over.
         """
         self.refresh()
         changes: dict[str, Edit | None] = {}
         problems: list[str] = []
-        for number, cells in read_table(Path(path), ("id", "decision", "completion", "of"), "to_csv"):
+        table = read_sheet(path, ("id", "decision", "completion", "of"))
+        for number, cells in zip(table.index, table.to_dict("records"), strict=True):
             edit, wrong = self._from_cells(cells, changes)
             problems += [f"{Path(path).name}, row {number}: {why}" for why in wrong]
             changes |= {edit.id: edit} if edit else {}
         if problems:
-            raise CourseError(problems, "mend these rows in the file and read it again; nothing was taken over.")
+            action = (
+                "mend these rows in the file and read it again, or give a new sheet another name; nothing was taken."
+            )
+            raise CourseError(problems, action)
         changes = {i: e for i, e in changes.items() if (e.action, e.completion) != self._decision(i)}
-        self._save(changes)
+        if changes:
+            self._save(changes)
         return len(changes)
+
+    to_csv, from_csv = to_sheet, from_sheet  # what the notebooks call them
+
+    def _cells(self, row_id: str) -> tuple[str, ...]:
+        row, edit = self.current(row_id), self.edits.get(row_id)
+        decision, check = edit.action if edit else "", "; ".join(self.problems(row_id))
+        shown = (row.stakeholder, row.task, row.country, row.scenario, row.prompt)
+        stamp = self._stamp(row_id) + _written(decision, row.completion)
+        return (row_id, *shown, decision, row.completion, check, stamp)
 
     def _decision(self, row_id: str) -> tuple[str, str]:
         edit = self.edits.get(row_id)
@@ -208,17 +211,23 @@ class Review:
         made_of = f"{_fingerprint(self.rows[row_id])}{self._decision(row_id)}"
         return f"v{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"  # Excel takes 1e5 for a number, v1e5 never
 
-    def _from_cells(self, cells: dict[str, str], seen: dict[str, Any]) -> tuple[Edit | None, list[str]]:
-        row, action = self.rows.get(cells["id"]), cells["decision"].strip().lower()
+    def _from_cells(self, cells: Mapping[str, str], seen: dict[str, Any]) -> tuple[Edit | None, list[str]]:
+        row_id, action, text = cells["id"].strip(), cells["decision"].strip().lower(), cells["completion"]
+        row, before = self.rows.get(row_id), self.edits.get(row_id)
         if row is None:
-            return None, [f"no row has the id {cells['id']!r}"]
+            return None, [f"no row has the id {row_id[:60]!r}"]
         wrong = [f"a second row with the id {row.id}"] if row.id in seen else []
+        if not wrong and cells["of"].strip()[len(self._stamp(row_id)) :] == _written(cells["decision"], text):
+            return None, []
         wrong += (
-            [f"decision {action!r} is none of accept, reject, edit or empty"]
+            [f"decision {action[:60]!r} is none of accept, reject, edit or empty"]
             if action not in ("", "accept", "reject", "edit")
             else []
         )
-        text = cells["completion"]
+        if re.fullmatch(r"#[A-ZÀ-Ü0-9/_]{2,12}[!?]?", text):  # where a person began a text with = or -
+            wrong.append(f"completion is {text}: Excel took the text for a formula")
+        known = (row.completion, before.completion if before else "")
+        text = next((t for t in known if t and _bare(t) == _bare(text)), text)
         if action != "reject" and text != row.completion:
             action = "edit"
             new = row.model_copy(update={"completion": text, "source": "imported"})
@@ -226,8 +235,9 @@ class Review:
         elif action == "edit":
             action = "accept"
         kept = action if action != "edit" or text != row.completion else ""
-        if (kept, text if kept == "edit" else "") != self._decision(row.id) and cells["of"] != self._stamp(row.id):
-            wrong = ["the row or its decision changed after this sheet was written; write a new one with to_csv"]
+        changed = (kept, text if kept == "edit" else "") != self._decision(row.id)
+        if changed and not cells["of"].strip().startswith(self._stamp(row.id)):
+            wrong = ["the row or its decision changed after this sheet was written; write a new sheet"]
         if wrong or not action:
             return None, wrong
         return Edit(
@@ -239,37 +249,11 @@ class Review:
         ), []
 
 
-def as_cell(text: str) -> str:
-    """Excel runs a cell that begins like a formula: an apostrophe keeps it text."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "'") else text
+def _bare(text: str) -> str:
+    """A text without what programs change in it: its line ends, and an apostrophe that says that it is text."""
+    return plain(text).lstrip("'")
 
 
-def read_table(path: Path, columns: Sequence[str], writer: str) -> list[tuple[int, dict[str, str]]]:
-    """(row number as Excel counts, cells) of a CSV, comma or semicolon, that the function `writer` wrote.
-
-    CourseError if it lacks one of `columns` or is damaged.
-    """
-    if not path.is_file():
-        raise CourseError(f"{path}: no such file", f"write it with {writer} first.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CourseError(f"{path.name} is not UTF-8 ({error.reason})", "save it in Excel as 'CSV UTF-8'.") from error
-    head = text.split("\n", 1)[0]
-    try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True))
-    except csv.Error as error:
-        raise CourseError(f"{path.name}: {error}", f"write the file again with {writer} and edit that.") from error
-    missing = [c for c in columns if not rows or c not in rows[0]]
-    if missing:
-        raise CourseError([f"{path.name}: column {c!r} is missing" for c in missing], f"keep the columns of {writer}.")
-    out, problems = [], []
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]):
-            problems += [f"{path.name}, row {number}: {len(row)} cells, want {len(rows[0])}"] if any(row) else []
-            continue
-        cells = (c.replace("\r\n", "\n").replace("\r", "\n") for c in row)
-        out.append((number, dict(zip(rows[0], (c[1:] if c[:1] == "'" else c for c in cells), strict=True))))
-    if problems:
-        raise CourseError(problems, "mend these rows in the file and read it again; nothing was taken over.")
-    return out
+def _written(decision: str, completion: str) -> str:
+    """Fingerprint of the two cells that a reviewer changes: which rows somebody wrote in."""
+    return hashlib.sha256(f"{decision.strip()}\0{_bare(completion)}".encode()).hexdigest()[:12]

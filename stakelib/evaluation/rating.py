@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import re
@@ -13,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from stakelib.dialogues.files import read_lines
-from stakelib.dialogues.review import as_cell, read_table
+from stakelib import sheets
+from stakelib.dialogues.files import read_log
 from stakelib.evaluation.statistics import clustered_wilson
-from stakelib.run import CourseError, append_line, atomic_write_text, writing
+from stakelib.run import CourseError, append_line
 
 CRITERIA = {  # the guide's, in its words
     "accuracy": "does it match the stakeholder's priorities?",
@@ -27,6 +26,7 @@ CRITERIA = {  # the guide's, in its words
 CHOICES = ("A", "same", "B")
 WORTH = {"base": 0.0, "same": 1.0, "tuned": 2.0}  # an order, so that base against tuned is a graver disagreement
 COLUMNS = ("id", "stakeholder", "prompt", "A", "B", *CRITERIA, "of")
+SHEET = ("id", *CRITERIA, "of")  # what a filled sheet must hold
 
 
 class Vote(BaseModel):
@@ -121,29 +121,22 @@ def read_votes(file: Path) -> list[Vote]:
 
     Raises CourseError that lists every other broken line.
     """
-    data = file.read_bytes() if file.exists() else b""
-    if not data.endswith(b"\n") and data:
-        whole = data + b"\n" if data.endswith(b"}") else data[: data.rfind(b"\n") + 1]
-        atomic_write_text(file, whole.decode("utf-8"))
-    mend = f"mend these lines of {file}, or move the file away to rate again."
-    return read_lines(Vote, file, mend) if data else []
+    return read_log(Vote, file, f"mend these lines of {file}, or move the file away to rate again.")
 
 
-def rating_sheet(rating: Rating, path: str | Path) -> Path:
-    """The pairs as a CSV for a rater without Jupyter, who writes A, B or same under each criterion.
+def rating_sheet(rating: Rating, path: str | Path, separator: str = "") -> Path:
+    """The pairs as a sheet for a rater without Jupyter, who writes A, B or same under each criterion.
 
-    Votes in a sheet that is there already are taken first, see `read_sheet`; it is replaced only then.
+    The name ends in .xlsx or .csv. `separator`: ";" for a CSV that an Excel in French or German opens. Votes in a
+    sheet that is there already are taken first, see `read_sheet`; it is replaced only then.
     """
-    old = read_table(Path(path), ("id", *CRITERIA, "of"), "rating_sheet") if Path(path).exists() else []
-    if any(cells[c].strip() for _, cells in old for c in CRITERIA):
-        read_sheet(rating, path)
-    with writing(Path(path)) as part, part.open("w", encoding="utf-8-sig", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(COLUMNS)
-        for i in rating.rows:
-            given = [rating.choice(i, c) or "" for c in CRITERIA]
-            table.writerow(map(as_cell, (i, *rating.shown(i).values(), *given, rating.stamp(i))))
-    return Path(path)
+    if Path(path).exists():
+        old = sheets.read_sheet(path, SHEET)
+        if old[list(CRITERIA)].apply(lambda column: column.str.strip().ne("").any()).any():
+            read_sheet(rating, path)
+    given = {i: [rating.choice(i, c) or "" for c in CRITERIA] for i in rating.rows}
+    rows = [(i, *rating.shown(i).values(), *given[i], rating.stamp(i)) for i in rating.rows]
+    return sheets.write_sheet(path, rows, COLUMNS, separator)
 
 
 def read_sheet(rating: Rating, path: str | Path) -> int:
@@ -152,16 +145,17 @@ def read_sheet(rating: Rating, path: str | Path) -> int:
     All or nothing: CourseError lists every bad line with file and row, and nothing is saved.
     """
     known, problems, votes = {c.lower(): c for c in CHOICES}, [], {}
-    for number, cells in read_table(Path(path), ("id", *CRITERIA, "of"), "rating_sheet"):
-        row, given = cells["id"], {c: cells[c].strip() for c in CRITERIA}
+    table = sheets.read_sheet(path, SHEET)
+    for number, cells in zip(table.index, table.to_dict("records"), strict=True):
+        row, given = cells["id"].strip(), {c: cells[c].strip() for c in CRITERIA}
         wrong = [
-            f"{c} {said!r} is none of A, B, same or empty"
+            f"{c} {said[:60]!r} is none of A, B, same or empty"
             for c, said in given.items()
             if said and said.lower() not in known
         ]
         if row not in rating.rows:
-            wrong = [f"no pair has the id {row!r}"]
-        elif cells["of"] != rating.stamp(row):
+            wrong = [f"no pair has the id {row[:60]!r}"]
+        elif cells["of"].strip() != rating.stamp(row):
             wrong = [f"the answers changed after this sheet was written, or it is not {rating.rater}'s"]
         wrong += [f"a second row with the id {row}"] if row in votes else []
         problems += [f"{Path(path).name}, row {number}: {why}" for why in wrong]
