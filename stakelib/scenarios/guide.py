@@ -87,7 +87,9 @@ def _milestone(year: int, fleet: dict[str, float]) -> dict[str, Any]:
         if all(rates[t] or not fleet[t] for t in kinds[kind])
     }
     total = {
-        kind: math.fsum(fleet[t] for t in techs) for kind, techs in kinds.items() if techs or kind in ("renewables", "fossil")
+        kind: math.fsum(fleet[t] for t in techs)
+        for kind, techs in kinds.items()
+        if techs or kind in ("renewables", "fossil")
     }
     return {
         "year": year,

@@ -7,13 +7,15 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
 # Listed here, because each Python has another Unicode table; a name may not change with it.
 CONTROLS = "\x00-\x1f\x7f-\x9f\u2028\u2029"
-UNSEEN = "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+UNSEEN = (
+    "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+)
 UNSEEN += "\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff"
 _BLANK, _GONE = re.compile(f"[{CONTROLS}]"), re.compile(f"[{UNSEEN}]")
 _APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼʻʹ´`′＇‛"), "'")
@@ -77,6 +79,14 @@ def country_profile(country: str) -> dict[str, Any]:
     return _profiles().get(country_key(country), {})
 
 
-def usual(spellings: Iterable[str]) -> str:
-    """The spelling that comes most often, of equals the first."""
-    return Counter(spellings).most_common(1)[0][0]
+def usual_spellings(names: Iterable[str], key: Callable[[str], str]) -> dict[str, str]:
+    """Each spelling -> the one used in its place: the most frequent of those with its key, of equals the first."""
+    counts: dict[str, Counter[str]] = {}
+    for name in names:
+        counts.setdefault(key(name), Counter())[name] += 1
+    return {name: group.most_common(1)[0][0] for group in counts.values() for name in group}
+
+
+def respelt(what: str, usual: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """A warning for each of the names that is read as another spelling."""
+    return [f"{what} {n[:60]!r} is read as {usual[n][:60]!r}" for n in dict.fromkeys(names) if n != usual[n]]
