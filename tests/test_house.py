@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAKELIB = ROOT / "stakelib"
 ORDER = (
     "run",
+    "sheets",
     "carry",
     "plots",
     "machine",
@@ -43,7 +44,7 @@ BACKENDS = ("peft_backend.py", "mlx_backend.py")
 HEAVY = {
     *("torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "mlx", "mlx_lm", "xllamacpp", "gguf"),
     *("sentencepiece", "pandas", "matplotlib", "scipy", "statsmodels", "sklearn", "krippendorff", "sacrebleu"),
-    *("datasketch", "ipywidgets"),
+    *("datasketch", "ipywidgets", "openpyxl"),
 }
 PYTHON_FILES = [*sorted(STAKELIB.rglob("*.py")), ROOT / "course.py", *sorted((ROOT / "tests").rglob("*.py"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
