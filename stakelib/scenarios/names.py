@@ -81,10 +81,10 @@ def country_profile(country: str) -> dict[str, Any]:
 
 def usual_spellings(names: Iterable[str], key: Callable[[str], str]) -> dict[str, str]:
     """Each spelling -> the one used in its place: the most frequent of those with its key, of equals the first."""
-    counts: dict[str, Counter[str]] = {}
-    for name in names:
-        counts.setdefault(key(name), Counter())[name] += 1
-    return {name: group.most_common(1)[0][0] for group in counts.values() for name in group}
+    groups: dict[str, Counter[str]] = {}
+    for name, count in Counter(names).items():
+        groups.setdefault(key(name), Counter())[name] = count
+    return {name: group.most_common(1)[0][0] for group in groups.values() for name in group}
 
 
 def respelt(what: str, usual: Mapping[str, str], names: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,21 +106,21 @@ def read_splat(
     What no rule fits, what is left out and what does not add up stands in metadata.warnings of each.
     """
     given = list(table)
-    table = table.apply(lambda column: column.str.strip()).assign(**{c: "" for c in OPTIONAL if c not in given})
+    table = table.apply(lambda column: _mapped(column, str.strip)).assign(**{c: "" for c in OPTIONAL if c not in given})
     parameters = {name_key(text): use for text, use in mapping.parameters.items()}
-    table["use"] = table["Par/Var"].map({text: parameters.get(name_key(text)) for text in table["Par/Var"].unique()})
+    table["use"] = _mapped(table["Par/Var"], lambda text: parameters.get(name_key(text)))
     table["class"] = _classes(table, mapping)
-    nowhere = table[["Scenario", "Gx.Country"]].map(lambda text: not plain(text).strip()).any(axis=1)
-    lost = _lost("rows without scenario or country", table[nowhere])
-    table = table[~nowhere]
     names = table[["Gx.Country", "Scenario"]]
+    nowhere = names.apply(lambda column: _mapped(column, lambda text: not plain(text).strip())).any(axis=1)
+    lost = _lost("rows without scenario or country", table[nowhere])
+    table, names = table[~nowhere], names[~nowhere]
     countries = usual_spellings(names["Gx.Country"], country_key)
     scenarios = usual_spellings(names["Scenario"], name_key)
     table = table.assign(
         **{"Gx.Country": names["Gx.Country"].map(countries), "Scenario": names["Scenario"].map(scenarios)}
     )
-    pairs = zip(table["use"], table["class"], ~table["double"].isin(("", "0", "0.0")), strict=True)
-    table["counts"] = [not marked and kind in COUNTED.get(use, ()) for use, kind, marked in pairs]
+    uses = zip(table["use"], table["class"], _marked(table), strict=True)
+    table["counts"] = [not marked and kind in COUNTED.get(use, ()) for use, kind, marked in uses]
     counted = table[table["counts"]]
     problems = _read_figures(table, counted, name, mapping, decimal)
     if not problems:
@@ -152,6 +152,16 @@ def read_splat(
         for (scenario, country, part), none in zip(groups, empty, strict=True)
         if not none
     ]
+
+
+def _mapped(column: pd.Series, function: Callable[[str], Any]) -> pd.Series:
+    """`function` of every cell; each text is looked at once."""
+    return column.map({text: function(text) for text in column.unique()})
+
+
+def _marked(table: pd.DataFrame) -> pd.Series:
+    """Whether the column 'double' says that a row stands elsewhere too."""
+    return ~table["double"].isin(("", "0", "0.0"))
 
 
 def _read_figures(
@@ -275,15 +285,15 @@ def _scenario(
     mapping: Mapping,
     warnings: list[str],
 ) -> dict[str, Any]:
-    double = ~part["double"].isin(("", "0", "0.0"))
+    double = _marked(part)
     warnings = warnings + _lost("rows with a mark in the column 'double'", part[double])
     warnings += _lost("rows that come twice", part[part["again"] == "equal"])
     if len(rows := part[part["again"] == "other"]):
         warnings.append(
-            f"{len(rows)} rows differ from an earlier one in Value only and are added to it, the first in row {rows.index[0]}"
+            f"{len(rows)} rows are added to others that are equal but for Value, the first in row {rows.index[0]}"
         )
     part = part[~double]
-    electric = part["OutputCom"].map(lambda text: bool(mapping.electricity.search(text)))
+    electric = _mapped(part["OutputCom"], lambda text: bool(mapping.electricity.search(text)))
     warnings += _left_out(part, electric)
     part, electric = part[part["counts"]], electric[part["counts"]]
     plant_output = part["class"].isin(PLANTS) & (part["use"] == "output")

@@ -70,24 +70,22 @@ def numbers(
     import pandas as pd
 
     texts = [cell.strip() for cell in cells]
-    values = pd.Series([_number(text, decimal, whole) for text in texts], cells.index, dtype=float)
-    kind, rows = "a year" if whole else "a number", list(zip(cells.index, texts, strict=True))
-    problems = listed(
-        name, [(row, f"{cells.name}: {t[:30]!r} is not {kind}") for row, t in rows if values[row] != values[row]]
-    )
-    if decimal != "," and any("," in t and _COMMA.fullmatch(t) for t in texts):
-        problems.append(f'{name}: where a comma marks decimals, load(..., decimal=",") reads it')
-    points = [(row, t) for row, t in rows if "." in t and not whole]
-    if decimal is None and all(_DOUBTFUL.fullmatch(t) for _, t in points if _POINT.fullmatch(t)):
-        doubtful = [
-            (row, f"{cells.name}: {t!r} may be {t.replace('.', '')} or {float(t):g}")
-            for row, t in points
-            if _POINT.fullmatch(t)
-        ]
-        problems += listed(name, doubtful)
-        if doubtful:
-            problems.append(f'{name}: load(..., decimal=",") takes such points as marks of thousands, "." as decimals')
-    return values, problems
+    read = {text: _number(text, decimal, whole) for text in set(texts)}
+    values = pd.Series([read[text] for text in texts], cells.index, dtype=float)
+    points = {text for text, value in read.items() if "." in text and value == value and not whole}
+    doubtful = points if decimal is None and all(map(_DOUBTFUL.fullmatch, points)) else ()
+    kind, rows = "a year" if whole else "a number", []
+    for row, text in zip(cells.index, texts, strict=True):
+        if text in doubtful:
+            told = f'may be {text.replace(".", "")} or {read[text]:g}; say which: load(..., decimal=",") or decimal="."'
+        elif read[text] == read[text]:
+            continue
+        elif decimal != "," and "," in text and _COMMA.fullmatch(text):
+            told = f'is not {kind}; where the comma marks decimals: load(..., decimal=",")'
+        else:
+            told = f"is not {kind}"
+        rows.append((row, f"{cells.name}: {text[:30]!r} {told}"))
+    return values, listed(name, rows)
 
 
 def _number(text: str, decimal: str | None, whole: bool) -> float:
