@@ -63,6 +63,7 @@ def _known_countries() -> dict[str, str]:
     return others | {_words(name): _words(name) for name in countries()}
 
 
+@functools.lru_cache(maxsize=4096)
 def country_key(country: str) -> str:
     """`name_key` of a country; other names of it (countries.json) have the same key."""
     words = _words(country)

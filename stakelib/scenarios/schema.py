@@ -50,7 +50,7 @@ def unit_factor(text: str, standard: str) -> float:
 
 
 Name = Annotated[str, Field(max_length=120), AfterValidator(one_line)]
-Text = Annotated[str, AfterValidator(lambda text: " ".join(plain(text).split()))]  # it is printed, and may be empty
+Text = Annotated[str, AfterValidator(plain)]  # it is printed, and may be empty
 
 
 class _Part(BaseModel):
