@@ -304,7 +304,7 @@ def _from_workbook(
     try:
         sheets = _sheets(data)
     except Exception as error:  # a damaged workbook can fail anywhere in openpyxl
-        raise CourseError(f"{name} cannot be read as an Excel workbook ({error})", SAVE) from error
+        raise CourseError(f"{name} cannot be read as an Excel workbook: it is damaged", SAVE) from error
     for title, (rows, wrong) in sheets.items():
         head = [row for _, row in rows[:SEARCHED]]
         heads.append(head)

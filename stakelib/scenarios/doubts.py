@@ -54,7 +54,7 @@ def doubts_of(scenario: Scenario) -> list[str]:
         if sizes.get("investment", math.inf) < before.get("investment", 0):
             doubts.append(f"{m.year}: cumulative investment is below that of the milestone before")
         doubts += [
-            f"{m.year}: {field} is {sizes[field]:,.4g}, and {before[field]:,.4g} at the milestone before: "
+            f"{m.year}: {field} is {_shown(sizes[field])}, and {_shown(before[field])} at the milestone before: "
             "one of them may be off by a factor of 1,000; check the units"
             for field in ("capacity", "generation", "peak demand")
             if 0 < 100 * min(sizes.get(field, 0), before.get(field, 0)) < max(sizes[field], before[field])
@@ -83,19 +83,25 @@ def _unit_slips(m: Milestone, fleet: Technologies | None) -> list[str]:
         size, output = mw.get(kind, own.get(kind)), gwh.get(kind)
         if size is not None and output:
             share = output / (HOURS * size) if size else math.inf
-            doubts += _doubt(f"{kind} plants of {size:,.4g} MW give {output:,.4g} GWh", share, *limits)
+            doubts += _doubt(f"{kind} plants of {_shown(size)} MW give {_shown(output)} GWh", share, *limits)
         if kind == "fossil" and (size or output):
             fossil = output or HOURS * (size or 0.0)
     emitted = m.at("emissions.total")
     if emitted and fossil:
-        text = f"emissions are {emitted:,.4g} Mt CO2, electricity from fossil fuels "
-        text += f"{fossil:,.4g} GWh" if gwh.get("fossil") else f"at most {fossil:,.4g} GWh"
+        text = f"emissions are {_shown(emitted)} Mt CO2, electricity from fossil fuels "
+        text += f"{_shown(fossil)} GWh" if gwh.get("fossil") else f"at most {_shown(fossil)} GWh"
         doubts += _doubt(text, 1000 * emitted / fossil, *(CARBON if gwh.get("fossil") else MOST_CARBON))
     whole = math.fsum(mw.values()) or math.fsum(own.values())
     for place, (words, unit, *limits) in BESIDE_CAPACITY.items():
         if whole and (value := m.at(place)):
-            doubts += _doubt(f"{words} is {value:,.4g} {unit}, all capacity {whole:,.4g} MW", value / whole, *limits)
+            doubts += _doubt(
+                f"{words} is {_shown(value)} {unit}, all capacity {_shown(whole)} MW", value / whole, *limits
+            )
     return doubts + _fleet_beside(mw, own)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _by_kind(mix: Mix | None) -> dict[str, float]:
@@ -126,6 +132,6 @@ def _fleet_beside(mw: dict[str, float], own: dict[str, float]) -> list[str]:
         else:
             continue
         doubts.append(
-            f"{what}: detailedTech adds up to {added:,.4g} MW, capacity by category to {stated:,.4g} MW: {why}"
+            f"{what}: detailedTech adds up to {_shown(added)} MW, capacity by category to {_shown(stated)} MW: {why}"
         )
     return doubts

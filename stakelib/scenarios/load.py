@@ -33,6 +33,8 @@ SAID = {  # kind of problem -> what to tell, where the validator's own words are
     "list_type": LIST,
     "too_short": "must not be empty",
     "string_pattern_mismatch": "is not a year",
+    "string_too_long": "is too long",
+    "int_type": "must be a whole number",
 }
 
 
@@ -169,14 +171,15 @@ def _refuse_constant(name: str) -> None:
 
 def _told(error: Any) -> str:
     """What pydantic says of one field, in a planner's words, with the value."""
-    what = SAID.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    value = error["input"]
-    given = isinstance(value, str | int | float | None) and error["type"] not in ("missing", "value_error")
-    return f"{what}, not {value!r:.40}" if given and error["type"] not in ("extra_forbidden",) else what
+    kind, value = error["type"], error["input"]
+    what = SAID.get(kind) or error["msg"].removeprefix("Value error, ").replace("Input should be a valid", "must be a")
+    what = what.replace("Input should be", "must be")
+    given = isinstance(value, str | int | float | None) and what.startswith("must be") and kind != "too_short"
+    return f"{what}, not {value!r:.40}" if given else what
 
 
 def _field(location: tuple[int | str, ...]) -> str:
-    parts = (f"[{p}]" if isinstance(p, int) else f".{plain(p)[:60]}" for p in location)
+    parts = (f"[{p}]" if isinstance(p, int) else f".{plain(p)[:60]}" for p in location if p != "[key]")
     return "".join(parts).lstrip(".").encode("utf-8", "backslashreplace").decode() or "scenario"
 
 
