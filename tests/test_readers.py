@@ -158,13 +158,36 @@ def test_without_the_dummy_rules_storage_appears_that_is_not_there(tmp_path: Pat
     assert right.milestones[0].capacity.total.storage == 2 and twin.milestones[0].capacity.total.storage == 142
 
 
-def test_rows_that_come_twice_break_the_sum(tmp_path: Path) -> None:
-    twice = BASE + [r for r in BASE if r["Technology"] == "KQHYRO_Blue"]
-    assert len(warned(load(written(tmp_path, text_of(twice)))[0], "check the mapping")) == 3
-    marked = BASE + [r | {"double": "1"} for r in BASE if r["Technology"] == "KQHYRO_Blue"]
+def test_rows_that_come_twice_count_once(tmp_path: Path) -> None:
+    right = load(written(tmp_path, text_of(BASE)))[0]
+    of_one = [r for r in BASE if r["Technology"] == "KQHYRO_Blue"]
+    capacity = [r | {"Source": "again"} for r in BASE if r["Par/Var"] == "Total Capacity"]
+    for more in (
+        of_one,
+        BASE,
+        capacity,
+        [r | {"Value": f"{r['Value']:.3f}", "Technology": "KQHYRO_Blue "} for r in of_one],
+    ):
+        scenario = load(written(tmp_path, text_of(BASE + more)))[0]
+        assert scenario.milestones == right.milestones and scenario.detailedTech == right.detailedTech
+        assert len(warned(scenario, "come twice")) == 1 and not warned(scenario, "check the mapping")
+    marked = BASE + [r | {"double": "1", "Value": 7} for r in of_one]
     scenario = load(written(tmp_path, text_of(marked)))[0]
-    assert scenario.milestones == load(written(tmp_path, text_of(BASE)))[0].milestones
+    assert scenario.milestones == right.milestones
     assert len(warned(scenario, "'double'")) == 1
+
+
+def test_two_runs_under_one_name_are_refused(tmp_path: Path) -> None:
+    again = [r | {"Scenario": "Base"} for r in HIGH]  # another run, and its name in another case
+    with pytest.raises(CourseError, match="two runs under one name") as caught:
+        load(written(tmp_path, text_of(BASE + again), "two.csv"))
+    rows_named = [p for p in caught.value.problems if p.startswith("two.csv: row ")]
+    assert len(rows_named) >= 20 and all(int(p.split()[2].rstrip(":")) > 1 + len(BASE) for p in rows_named)
+    # without the column Activity a plant's ways to run look alike: they are added up, and that is said
+    text = "\n".join(",".join(str(r[c]) for c in HEADER if c not in ("Activity", "Tech.Description")) for r in BASE)
+    head = ",".join(c for c in HEADER if c not in ("Activity", "Tech.Description"))
+    scenario = load(written(tmp_path, f"{head}\n{text}"))[0]
+    assert warned(scenario, "are added to others")
 
 
 def test_what_no_rule_fits_is_listed(tmp_path: Path) -> None:

@@ -88,10 +88,12 @@ def test_bad_files_raise_one_error_type(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
-    with pytest.raises(CourseError, match="cannot be read"):
+    with pytest.raises(CourseError, match="none.json: no such file"):
         load(tmp_path / "none.json")
     path = tmp_path / "utf16.json"
-    path.write_bytes(json.dumps(RAW).encode("utf-16"))
+    path.write_bytes(json.dumps(RAW).encode("utf-16"))  # with its mark, which says what it is
+    assert len(load(path)) == len(RAW)
+    path.write_bytes(json.dumps(RAW, ensure_ascii=False).replace("Examplia", "Exämplia").encode("latin-1"))
     with pytest.raises(CourseError, match="not UTF-8"):
         load(path)
 

@@ -16,6 +16,7 @@ from stakelib.dialogues.formats import HEADINGS
 from stakelib.dialogues.numbers import YEAR, mentions, ungrounded, without_names
 from stakelib.dialogues.tasks import BASE, END, KEYS
 from stakelib.run import CourseError
+from stakelib.scenarios import country_key
 from stakelib.voices import STAKEHOLDERS
 
 MAX_COMPLETION, MAX_ROW = 400, 1536  # tokens
@@ -240,16 +241,16 @@ def _duplicates(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
 
 
 def _leakage(rows: Sequence[Dialogue]) -> list[tuple[Dialogue, str]]:
-    """A scenario in one split only; a test country in test only."""
+    """A scenario in one split only; a test country in test only, under whichever spelling."""
     splits, homes = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for row in rows:
         splits[row.scenario_id].add(row.split)
-        homes[row.country].add(row.split)
+        homes[country_key(row.country)].add(row.split)
     out = [(r, f"scenario in {sorted(splits[r.scenario_id])}") for r in rows if len(splits[r.scenario_id]) > 1]
     return out + [
-        (r, f"test country also in {sorted(homes[r.country] - {'test'})}")
+        (r, f"test country also in {sorted(homes[country_key(r.country)] - {'test'})}")
         for r in rows
-        if r.split == "test" and homes[r.country] != {"test"}
+        if r.split == "test" and homes[country_key(r.country)] != {"test"}
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.run import CourseError
+from stakelib.scenarios import country_key
 
 TEST, VALID = 0.2, 0.1
 
@@ -14,9 +15,10 @@ TEST, VALID = 0.2, 0.1
 def split(rows: Sequence[Dialogue], seed: int = 0) -> list[Dialogue]:
     """The rows with `split` set: test = whole countries holding about 20 % of the scenarios, valid = 10 % of the rest.
 
-    Raises CourseError when there are too few countries or scenarios to hold any out.
+    Two spellings or names of a country are one country (`country_key`). Raises CourseError when there are too few
+    countries or scenarios to hold any out.
     """
-    places = {row.scenario_id: row.country for row in rows}
+    places = {row.scenario_id: country_key(row.country) for row in rows}
     scenarios: dict[str, list[str]] = {}
     for name, country in sorted(places.items()):
         scenarios.setdefault(country, []).append(name)

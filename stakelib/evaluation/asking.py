@@ -21,7 +21,7 @@ from stakelib.export import QUANTISATIONS, check_exported, ensure_base_gguf, ggu
 from stakelib.models import base_model, engine
 from stakelib.models.mlx_models import mlx_folder
 from stakelib.run import CourseError, Run
-from stakelib.scenarios import sample, scenario_id
+from stakelib.scenarios import country_key, sample, scenario_id
 from stakelib.training import adapter_folder, load_rows
 from stakelib.voices import STAKEHOLDERS
 
@@ -76,14 +76,14 @@ def report_prompts(run: Run, scenarios: int = 40) -> list[dict[str, Any]]:
     Raises CourseError if no country was held out.
     """
     parts = {p: load_rows(run.path("training_data", f"{p}.jsonl")) for p in ("train", "valid", "test")}
-    seen = {row["country"] for p in ("train", "valid") for row in parts[p]}
-    countries = {row["country"] for row in parts["test"]} - seen
+    seen = {country_key(row["country"]) for p in ("train", "valid") for row in parts[p]}
+    countries = {country_key(row["country"]) for row in parts["test"]} - seen
     known = {row["scenario_id"] for rows in parts.values() for row in rows}
     if not countries:
         raise CourseError("the test split has no country of its own", "run notebook 01 again")
     found: dict[str, Any] = {}
     for seed in range(run.profile.seed + 1000, run.profile.seed + 1000 + 50 * scenarios):
-        fresh = {scenario_id(s): s for s in sample(80, seed) if s.metadata.country in countries}
+        fresh = {scenario_id(s): s for s in sample(80, seed) if country_key(s.metadata.country) in countries}
         found |= {name: s for name, s in fresh.items() if name not in known}
         if len(found) >= scenarios:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -81,12 +82,14 @@ def _milestone(year: int, fleet: dict[str, float]) -> dict[str, Any]:
     kinds = {kind: [t for t in techs if t in fleet] for kind, techs in KINDS.items()}
     rates = {t: factors().get(t, {}).get("capacityFactor") for t in fleet}
     output = {
-        kind: sum(8.76 * fleet[t] * (rates[t] or 0) for t in kinds[kind])
+        kind: math.fsum(8.76 * fleet[t] * (rates[t] or 0) for t in kinds[kind])
         for kind in ("renewables", "fossil")
         if all(rates[t] or not fleet[t] for t in kinds[kind])
     }
     total = {
-        kind: sum(fleet[t] for t in techs) for kind, techs in kinds.items() if techs or kind in ("renewables", "fossil")
+        kind: math.fsum(fleet[t] for t in techs)
+        for kind, techs in kinds.items()
+        if techs or kind in ("renewables", "fossil")
     }
     return {
         "year": year,

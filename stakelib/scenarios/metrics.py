@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -195,19 +196,19 @@ def _from_fleet(scenario: Scenario, index: int) -> dict[str, float | None]:
     if fleet is None:
         return {}
     out: dict[str, float | None] = {key: getattr(fleet, name) for key, name in TECH.items()}
-    installed, mix = sum(v for _, v in fleet if v), m.capacity.total if m.capacity else None
-    stated = sum(v for _, v in mix if v) if mix else 0.0
+    installed, mix = math.fsum(v for _, v in fleet if v), m.capacity.total if m.capacity else None
+    stated = math.fsum(v for _, v in mix if v) if mix else 0.0
     # a fleet table that lists some plants only says nothing about shares
     whole = installed > 0 and abs(installed - stated) < 0.02 * installed
     if whole and fleet.solarPV is not None and fleet.wind is not None:
         out["vre_share"] = 100 * (fleet.solarPV + fleet.wind) / installed
     before = table.get(scenario.milestones[index - 1].year) if index else None
     if first is not None and before is not None:
-        posts = sum(mw * f["permanent"] for mw, f in _built(first, fleet))
-        building = sum(mw * f["construction"] for mw, f in _built(before, fleet))
+        posts = math.fsum(mw * f["permanent"] for mw, f in _built(first, fleet))
+        building = math.fsum(mw * f["construction"] for mw, f in _built(before, fleet))
         span = m.year - scenario.milestones[index - 1].year
         out |= {"jobs": building / span + posts, "permanent_jobs": posts}
-        out["land"] = sum(mw * f.get("land", 0) for mw, f in _built(first, fleet))
+        out["land"] = math.fsum(mw * f.get("land", 0) for mw, f in _built(first, fleet))
     return out
 
 
@@ -239,7 +240,7 @@ def ratios(metrics: Metrics) -> dict[str, float]:
             for name, (key, by) in RATIOS.items()
             if key in value and value.get(by)
         }
-    for key in {*METRICS, *RATIOS}:
+    for key in METRICS | RATIOS:
         base, near, far = (out.get(f"{key}.{slot}") for slot in ("base", "near", "far"))
         if far is None:
             continue

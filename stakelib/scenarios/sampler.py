@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import math
 import random
 from importlib.resources import files
 from typing import Any
@@ -11,21 +10,12 @@ from typing import Any
 import yaml
 
 from stakelib.scenarios.metrics import factors, round_half_up
+from stakelib.scenarios.names import countries
 from stakelib.scenarios.schema import Scenario
 
 LOAD_FACTOR = 0.65
 _TABLES = yaml.safe_load(files(__package__).joinpath("sampler.yaml").read_text(encoding="utf-8"))
 MIXES, AMBITION, COST, CHALLENGE, NAMES, GAPS = _TABLES.values()
-
-
-@functools.cache
-def _countries() -> dict[str, dict[str, Any]]:
-    return json.loads(files(__package__).joinpath("countries.json").read_text(encoding="utf-8"))["countries"]
-
-
-def country_profile(country: str) -> dict[str, Any]:
-    """Region, pool or regional body, island and context of a country; empty when it is not in countries.json."""
-    return _countries().get(country, {})
 
 
 def sample(n: int, seed: int = 0) -> list[Scenario]:
@@ -34,18 +24,18 @@ def sample(n: int, seed: int = 0) -> list[Scenario]:
     metadata.cell says where each stands on the axes geography, mix, ambition, investment and challenge.
     """
     rng = random.Random(f"sample-{seed}")
-    countries = _spread(rng, min(len(_countries()), max(min(n, 6), round(n * 0.47))))
+    places = _spread(rng, min(len(countries()), max(min(n, 6), round(n * 0.47))))
     cells = [(m, a) for m in MIXES for a in AMBITION]
     main = {"Solar": "solarPV", "Wind": "wind", "Hydro": "hydro"}
     out: list[Scenario] = []
     seen: set[tuple[str, str]] = set()
     while len(out) < n:
         k = len(out)
-        country = countries[k % len(countries)]
+        country = places[k % len(places)]
         if k % len(cells) == 0:
             rng.shuffle(cells)
         mix, ambition = cells[k % len(cells)]
-        if main.get(mix, "solarPV") not in _countries()[country]["resources"]:
+        if main.get(mix, "solarPV") not in countries()[country]["resources"]:
             mix = "Balanced"
         scenario = _one(country, mix, ambition, rng)
         name = scenario.metadata.scenarioName
@@ -60,7 +50,7 @@ def sample(n: int, seed: int = 0) -> list[Scenario]:
 def _spread(rng: random.Random, count: int) -> list[str]:
     """`count` countries, taken in turn from each region."""
     regions: dict[str, list[str]] = {}
-    for name, row in _countries().items():
+    for name, row in countries().items():
         regions.setdefault(row["region"], []).append(name)
     for names in regions.values():
         rng.shuffle(names)
@@ -69,7 +59,7 @@ def _spread(rng: random.Random, count: int) -> list[str]:
 
 
 def _one(country: str, mix: str, ambition: str, rng: random.Random) -> Scenario:
-    row = _countries()[country]
+    row = countries()[country]
     years = rng.choice([[2025, 2030, 2040], [2025, 2030, 2040, 2050], [2025, 2030, 2035, 2040, 2050]])
     challenge = rng.choice(CHALLENGE)
     fleets = _fleets(row, years, mix, ambition, challenge, rng)
@@ -79,7 +69,7 @@ def _one(country: str, mix: str, ambition: str, rng: random.Random) -> Scenario:
         fleet, energy = fleets[year], fleets["energy", year]
         before = fleets[years[i - 1]] if i else fleet
         built = {t: max(0.0, mw - before[t]) for t, mw in fleet.items()}
-        spent += cost * sum(mw * factors()[t]["capex"] for t, mw in built.items())
+        spent += cost * math.fsum(mw * factors()[t]["capex"] for t, mw in built.items())
         demand = row["gwh"] * growth ** (year - years[0])
         milestones.append(_milestone(year, fleet, energy, built, demand, spent, year - years[i - 1] if i else 0))
     tech = {str(y): fleets[y] for y in years}
@@ -109,7 +99,7 @@ def _fleets(
     wanted = {t: w for t, w in MIXES[mix].items() if t in row["resources"]}
     wanted |= {t: rng.uniform(0.5, 1.5) for t in row["resources"] if t in ("geothermal", "biomass")}
     start = row["mix"]
-    start_re = sum(s for t, s in start.items() if factors()[t]["kind"] == "renewables")
+    start_re = math.fsum(s for t, s in start.items() if factors()[t]["kind"] == "renewables")
     targets = dict(zip((2030, 2040, 2050), AMBITION[ambition], strict=True)) | {years[0]: start_re}
     targets[2035] = (targets[2030] + targets[2040]) / 2
     storage = {"grid": 0.06, "land": 0.2}.get(challenge, rng.choice([0.12, 0.25, 0.4]))
@@ -144,15 +134,15 @@ def _energy(
     re_now = {t: s for t, s in start.items() if factors()[t]["kind"] == "renewables"}
     keep = min(1.0, share / start_re) if start_re else 0
     old = {t: s * keep * (0.6 if share > start_re else 1) for t, s in re_now.items()}
-    left = max(0.0, share - sum(old.values()))
-    total = sum(wanted.values())
-    out = {t: old.get(t, 0) + left * wanted.get(t, 0) / total for t in {*old, *wanted}}
+    left = max(0.0, share - math.fsum(old.values()))
+    total = math.fsum(wanted.values())
+    out = {t: old.get(t, 0) + left * wanted.get(t, 0) / total for t in old | wanted}
     fossil = {
         t: s * ((100 - share) / max(100 - start_re, 1) if t != "gas" else 1)
         for t, s in start.items()
         if factors()[t]["kind"] == "fossil"
     }
-    scale = (100 - share) / sum(fossil.values()) if fossil else 0
+    scale = (100 - share) / math.fsum(fossil.values()) if fossil else 0
     return {t: s * demand / 100 for t, s in {**out, **{t: s * scale for t, s in fossil.items()}}.items()}
 
 
@@ -172,12 +162,14 @@ def _milestone(
     span: int,
 ) -> dict[str, Any]:
     def total(table: dict[str, float]) -> dict[str, float]:
-        kinds = ("renewables", "fossil", "storage", "other")
-        return {k: sum(v for t, v in table.items() if factors()[t]["kind"] == k) for k in kinds}
+        out = dict.fromkeys(("renewables", "fossil", "storage", "other"), 0.0)
+        for tech, value in table.items():  # one by one: from Python 3.12 on, sum() rounds floats in another way
+            out[factors()[tech]["kind"]] += value
+        return out
 
     output = {k: v for k, v in total(energy).items() if k in ("renewables", "fossil")}
-    share = 100 * output["renewables"] / (sum(output.values()) or 1)
-    emitted = sum(gwh * factors()[t].get("co2", 0) for t, gwh in energy.items()) / 1e6
+    share = 100 * output["renewables"] / (math.fsum(output.values()) or 1)
+    emitted = math.fsum(gwh * factors()[t].get("co2", 0) for t, gwh in energy.items()) / 1e6
     row = {
         "year": year,
         "reShare": round_half_up(share, 1),

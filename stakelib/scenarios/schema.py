@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 
+from stakelib.scenarios.names import one_line, plain
+
 KINDS = {
     "renewables": ("hydro", "solarPV", "solarCSP", "wind", "geothermal", "biomass"),
     "fossil": ("coal", "gas", "diesel", "hfo"),
@@ -47,15 +49,8 @@ def unit_factor(text: str, standard: str) -> float:
     return known[key]
 
 
-def _one_line(text: str) -> str:
-    """Names land in one prompt line: no line breaks, no invisible characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if not text:
-        raise ValueError("must not be empty")
-    return text
-
-
-Name = Annotated[str, Field(max_length=120), AfterValidator(_one_line)]
+Name = Annotated[str, Field(max_length=120), AfterValidator(one_line)]
+Text = Annotated[str, AfterValidator(plain)]  # it is printed, and may be empty
 
 
 class _Part(BaseModel):
@@ -158,12 +153,12 @@ class Technologies(_Part):
 class Metadata(_Part):
     country: Name
     scenarioName: Name
-    modelVersion: str | None = None
-    dateCreated: str | None = None
-    sourceFile: str | None = None
-    description: str | None = None
-    derived: list[str] | None = None  # assumptions behind figures that the file itself does not state
-    warnings: list[str] | None = None  # what a reader left out or doubts
+    modelVersion: Text | None = None
+    dateCreated: Text | None = None
+    sourceFile: Text | None = None
+    description: Text | None = None
+    derived: list[Text] | None = None  # assumptions behind figures that the file itself does not state
+    warnings: list[Text] | None = None  # what a reader left out or doubts
     cell: dict[str, str] | None = Field(None, exclude=True)  # the sampler's axes; never written out
 
 

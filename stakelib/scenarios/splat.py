@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,14 +15,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from stakelib.run import CourseError
+from stakelib.scenarios.names import country_key, name_key, plain, usual_spellings
 from stakelib.scenarios.schema import KINDS, Technologies, re_share, unit_factor
-from stakelib.scenarios.tables import NEXT, SHOWN, listed, numbers
+from stakelib.scenarios.tables import NEXT, numbers, spelling_warnings
+from stakelib.sheets import SHOWN, listed
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("Scenario", "Gx.Country", "Technology", "Par/Var", "Year", "Value", "Unit")
-OPTIONAL = ("Tech.Description", "TechSetL1", "TechSetL2", "OutputCom", "double")
+OPTIONAL = ("Tech.Description", "TechSetL1", "TechSetL2", "OutputCom", "Activity", "Source", "double")
 STANDARD = {
     "capacity": "MW",
     "new": "MW",
@@ -33,6 +36,18 @@ STANDARD = {
 }
 PLANTS = tuple(Technologies.model_fields)
 CLASSES = (*PLANTS, "dummy", "fuel", "grid", "transmission", "demand", "curtailment")
+BUILT = tuple(c for c in CLASSES if c != "dummy")
+# what counts of each parameter; a cell of another row may hold anything
+COUNTED = {
+    "capacity": (*PLANTS, "demand"),
+    "new": PLANTS,
+    "output": (*PLANTS, "transmission", "curtailment"),
+    "curtailment": CLASSES,
+    "emissions": (*PLANTS, "fuel"),
+    "investment": BUILT,
+    "om": tuple(c for c in BUILT if c != "fuel"),
+}
+BESIDE = ("Value", "Source", "double")  # two rows that are equal in all other columns are the same figure
 MILESTONES = (2025, 2030, 2040, 2050)
 DERIVED = [
     "peak demand: Total Capacity of the demand row",
@@ -83,37 +98,109 @@ def read_mapping(path: str | Path | None = None) -> Mapping:
     raise CourseError(problems, "mend the mapping; stakelib/scenarios/splat.yaml is the pattern to follow.")
 
 
-def read_splat(table: pd.DataFrame, name: str, years: Collection[int] | None, mapping: Mapping) -> list[dict[str, Any]]:
+def read_splat(
+    table: pd.DataFrame, name: str, years: Collection[int] | None, mapping: Mapping, decimal: str | None = None
+) -> list[dict[str, Any]]:
     """One scenario, in the tool's JSON shape, per scenario and country of the file, at its milestone years.
 
     What no rule fits, what is left out and what does not add up stands in metadata.warnings of each.
     """
-    table = table.assign(**{c: "" for c in OPTIONAL if c not in table})
-    table["Year"], problems = numbers(table, "Year", name, whole=True)
-    table["Value"], bad = numbers(table, "Value", name)
-    table["use"] = table["Par/Var"].str.strip().map(mapping.parameters)
+    given = list(table)
+    table = table.apply(lambda column: _mapped(column, str.strip)).assign(**{c: "" for c in OPTIONAL if c not in given})
+    parameters = {name_key(text): use for text, use in mapping.parameters.items()}
+    table["use"] = _mapped(table["Par/Var"], lambda text: parameters.get(name_key(text)))
     table["class"] = _classes(table, mapping)
-    factors, unknown = _factors(table, name, mapping)
-    if problems := problems + bad + unknown:
-        raise CourseError(problems, NEXT)
-    table = table.assign(**{c: table[c].str.strip() for c in ("Scenario", "Gx.Country")})
-    nowhere = (table["Scenario"] == "") | (table["Gx.Country"] == "")
+    names = table[["Gx.Country", "Scenario"]]
+    nowhere = names.apply(lambda column: _mapped(column, lambda text: not plain(text).strip())).any(axis=1)
     lost = _lost("rows without scenario or country", table[nowhere])
-    table = table.assign(value=table["Value"] * factors)[~nowhere]
+    table, names = table[~nowhere], names[~nowhere]
+    countries = usual_spellings(names["Gx.Country"], country_key)
+    scenarios = usual_spellings(names["Scenario"], name_key)
+    table = table.assign(
+        **{"Gx.Country": names["Gx.Country"].map(countries), "Scenario": names["Scenario"].map(scenarios)}
+    )
+    uses = zip(table["use"], table["class"], _marked(table), strict=True)
+    table["counts"] = [not marked and kind in COUNTED.get(use, ()) for use, kind, marked in uses]
+    counted = table[table["counts"]]
+    problems = _read_figures(table, counted, name, mapping, decimal)
+    if not problems:
+        table, problems = _once(table, given, name)
+    if problems:
+        raise CourseError(problems, NEXT)
     groups = [(*key, part) for key, part in table.groupby(["Scenario", "Gx.Country"], sort=False)]
     empty = [not (part["class"].isin(PLANTS) & part["use"].isin(("capacity", "output"))).any() for *_, part in groups]
     for scenario, country, part in itertools.compress(groups, empty):  # a power pool's trade, a name misspelt
         lost += _lost(f"rows of {country[:40]!r}, {scenario[:40]!r}, where no plant is,", part)
     if all(empty):
+        unknown = table["Par/Var"][table["use"].isna()].unique()[:SHOWN]
+        told = [f"parameter {text[:40]!r} is not in the mapping" for text in unknown]
         raise CourseError(
-            [f"{name}: no capacity or output of a plant", *(f"{name}: {text}" for text in lost)],
-            "check that the rules of the mapping (stakelib/scenarios/splat.yaml) fit this file.",
+            [f"{name}: no capacity or output of a plant", *(f"{name}: {text}" for text in (*told, *lost))],
+            "check that the rules and parameters of the mapping (stakelib/scenarios/splat.yaml) fit this file.",
         )
     return [
-        _scenario(country, scenario, part, name, years, mapping, lost)
+        _scenario(
+            country,
+            scenario,
+            part,
+            name,
+            years,
+            mapping,
+            lost
+            + spelling_warnings(list(names.loc[part.index].itertuples(index=False, name=None)), countries, scenarios),
+        )
         for (scenario, country, part), none in zip(groups, empty, strict=True)
         if not none
     ]
+
+
+def _mapped(column: pd.Series, function: Callable[[str], Any]) -> pd.Series:
+    """`function` of every cell; each text is looked at once."""
+    return column.map({text: function(text) for text in column.unique()})
+
+
+def _marked(table: pd.DataFrame) -> pd.Series:
+    """Whether the column 'double' says that a row stands elsewhere too."""
+    return ~table["double"].isin(("", "0", "0.0"))
+
+
+def _read_figures(
+    table: pd.DataFrame, counted: pd.DataFrame, name: str, mapping: Mapping, decimal: str | None
+) -> list[str]:
+    """Puts year and value, in the standard unit, of the rows that count into `table`; returns what is wrong in them."""
+    years, problems = numbers(counted["Year"], name, decimal, whole=True)
+    values, bad = numbers(counted["Value"], name, decimal)
+    factors, unknown = _factors(counted, name, mapping)
+    table["Year"], table["value"] = years, values * factors
+    return problems + bad + unknown
+
+
+def _once(table: pd.DataFrame, given: list[str], name: str) -> tuple[pd.DataFrame, list[str]]:
+    """The table without figures that come again, marked in the column "again"; and those that differ, as problems.
+
+    A file without the column Activity or OutputCom cannot tell a plant's ways to run apart: there they are added up.
+    """
+    counted = table[table["counts"]]
+    same = [c for c in given if c not in BESIDE]
+    again = counted.duplicated(same)
+    table = table.assign(again="")
+    if not again.any():
+        return table, []
+    first = counted.groupby(same, sort=False, dropna=False)["value"].transform("first")
+    other = again & (counted["value"] != first)
+    table.loc[again[again & ~other].index, ["again", "counts"]] = ["equal", False]
+    if {"Activity", "OutputCom"} <= set(given):
+        at = counted[other]
+        texts = zip(at.index, at["Technology"], at["Par/Var"], at["Year"], strict=True)
+        return table, listed(
+            name,
+            [
+                (row, f"{code[:40]}, {what}, {year:.0f}: stands above with another Value (two runs under one name?)")
+                for row, code, what, year in texts
+            ],
+        )
+    table.loc[other[other].index, "again"] = "other"
+    return table, []
 
 
 def _classes(table: pd.DataFrame, mapping: Mapping) -> pd.Series:
@@ -121,7 +208,7 @@ def _classes(table: pd.DataFrame, mapping: Mapping) -> pd.Series:
     columns = ["Technology", "Tech.Description", "TechSetL1", "TechSetL2", "OutputCom"]
     kinds = table[columns].drop_duplicates()
     fitting = [
-        next((c for column, pattern, c in mapping.rules if pattern.search(row[column].strip())), None)
+        next((c for column, pattern, c in mapping.rules if pattern.search(row[column])), None)
         for row in kinds.to_dict("records")
     ]
     return table[columns].merge(kinds.assign(found=fitting), on=columns, how="left")["found"].set_axis(table.index)
@@ -168,8 +255,11 @@ class _Sums:
 
     def __init__(self, part: pd.DataFrame) -> None:
         self.table: dict[tuple[str, str], dict[int, float]] = {}
-        for (use, kind, year), value in part.groupby(["use", "class", "Year"])["value"].sum().items():
-            self.table.setdefault((use, kind), {})[int(year)] = float(value)
+        values: dict[tuple[str, str, float], list[float]] = {}
+        for use, kind, year, value in zip(part["use"], part["class"], part["Year"], part["value"], strict=True):
+            values.setdefault((use, kind, year), []).append(value)
+        for (use, kind, year), some in values.items():  # fsum: the order of rows changes no digit
+            self.table.setdefault((use, kind), {})[int(year)] = math.fsum(some)
 
     def years(self, use: str, classes: Iterable[str]) -> set[int]:
         return {year for kind in classes for year in self.table.get((use, kind), ())}
@@ -177,7 +267,7 @@ class _Sums:
     def total(self, use: str, classes: Iterable[str], *years: int) -> float | None:
         """Sum over classes and years; None where no year of the file has such a row: then it is unknown, not zero."""
         rows = [self.table[use, kind] for kind in classes if (use, kind) in self.table]
-        return sum(row.get(year, 0.0) for row in rows for year in years) if rows else None
+        return math.fsum(row.get(year, 0.0) for row in rows for year in years) if rows else None
 
     def mix(self, use: str, *years: int, per: int = 1) -> dict[str, float]:
         """By category; a model's file lists every plant, so that no fossil row means none."""
@@ -195,11 +285,17 @@ def _scenario(
     mapping: Mapping,
     warnings: list[str],
 ) -> dict[str, Any]:
-    double = ~part["double"].str.strip().isin(("", "0", "0.0"))
+    double = _marked(part)
     warnings = warnings + _lost("rows with a mark in the column 'double'", part[double])
+    warnings += _lost("rows that come twice", part[part["again"] == "equal"])
+    if len(rows := part[part["again"] == "other"]):
+        warnings.append(
+            f"{len(rows)} rows are added to others that are equal but for Value, the first in row {rows.index[0]}"
+        )
     part = part[~double]
-    electric = part["OutputCom"].str.strip().map(lambda text: bool(mapping.electricity.search(text)))
+    electric = _mapped(part["OutputCom"], lambda text: bool(mapping.electricity.search(text)))
     warnings += _left_out(part, electric)
+    part, electric = part[part["counts"]], electric[part["counts"]]
     plant_output = part["class"].isin(PLANTS) & (part["use"] == "output")
     part = part[~plant_output | electric]
     charging = plant_output & (part["value"] < 0)  # pumps and exports take electricity: never negative generation
@@ -256,13 +352,12 @@ def _milestone(sums: _Sums, year: int, before: int | None) -> dict[str, Any]:
     plants = any(any(sums.table.get(("emissions", t), {}).values()) for t in PLANTS)
     burning = PLANTS if plants else (*PLANTS, "fuel")  # either may carry them; both would be twice
     curtailing = "curtailment" if year in sums.years("curtailment", CLASSES) else "output"
-    built = [c for c in CLASSES if c != "dummy"]
-    first = min(sums.years("investment", built) or {year})
+    first = min(sums.years("investment", BUILT) or {year})
     values = {
-        "investment": ("cumulative", "m$", sums.total("investment", built, *range(first, year + 1))),
+        "investment": ("cumulative", "m$", sums.total("investment", BUILT, *range(first, year + 1))),
         "emissions": ("total", "Mt CO2", sums.total("emissions", burning, year)),
         "peakDemand": ("value", "MW", sums.total("capacity", ["demand"], year)),
-        "annualOMCosts": ("value", "m$", sums.total("om", [c for c in built if c != "fuel"], year)),
+        "annualOMCosts": ("value", "m$", sums.total("om", COUNTED["om"], year)),
         "imports": ("value", "GWh", sums.total("output", ["interconnector"], year)),
     }
     techs = CLASSES if curtailing == "curtailment" else ["curtailment"]

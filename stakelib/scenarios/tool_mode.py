@@ -56,16 +56,16 @@ def _from_capacity(scenario: Scenario, m: Milestone) -> dict[str, float]:
     if given is not None:
         fleet = {t: mw or 0.0 for t, mw in given if t not in NO_FACTOR}
     rates = factors() | {"nuclear": NUCLEAR}
-    building = sum(mw * rates[t]["construction"] for t, mw in fleet.items())
-    posts = sum(mw * rates[t]["permanent"] for t, mw in fleet.items())
+    building = math.fsum(mw * rates[t]["construction"] for t, mw in fleet.items())
+    posts = math.fsum(mw * rates[t]["permanent"] for t, mw in fleet.items())
     sites = fleet | {"battery": fleet.get("battery") or mix["storage"]}
     out = {
         "construction_jobs": _round(building),
         "operations_jobs": _round(posts),
         "jobs": _round(building + posts),
-        "land": _round(sum(mw * rates[t].get("land", 0) for t, mw in sites.items())),
+        "land": _round(math.fsum(mw * rates[t].get("land", 0) for t, mw in sites.items())),
     }
-    if total := sum(mix.values()):
+    if total := math.fsum(mix.values()):
         out["vre_share"] = _round(100 * (fleet["solarPV"] + fleet["wind"]) / total, 1)
         out["fossil_share"] = _round(100 * mix["fossil"] / total, 1)
     return out
