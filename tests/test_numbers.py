@@ -430,3 +430,40 @@ def test_the_gate_of_rows_takes_no_sums(true: str) -> None:
 )
 def test_dates_are_no_figures_and_their_years_are_read(text: str, named: set[int]) -> None:
     assert mentions(text) == [] and years(text) == named
+
+
+# ---- names of scenarios and countries
+
+
+def prompt_of(name: str) -> str:
+    return f"- Country: Kenya\n- Scenario: {name}\n- Solar PV Capacity: 430 MW (2030)\n- Peak Demand: 900 MW (2030)"
+
+
+@pytest.mark.parametrize(
+    ("name", "as_name", "as_claim"),
+    [
+        ("80% RE by 2040", "80% RE by 2040 is a plan that we can use.", "We reach 80% RE by 2040."),
+        ("5 GW Solar", "Our members read the scenario 5 GW Solar slowly.", "We count on 5 GW of solar."),
+        ("100%", 'The plan "100%" is on our desk.', "We count on 100% renewables."),
+        ("$2bn Grid Plan", "Behind $2bn Grid Plan we see no lines.", "It costs $2bn."),
+        ("Solar", "Solar gives us a basis, with 430 MW of panels.", "Solar of 900 MW in 2030"),
+        ("Solar", "Our fleet of Solar PV is 430 MW in 2030.", "Solar climbs to 900 MW in 2030."),
+        ("Peak Demand", "Peak Demand is what we read, and peak demand is 900 MW.", "Peak Demand of 430 MW in 2030"),
+        ("+20% demand", "We test +20% demand by what it leaves.", "We expect 20% more demand."),
+        ("solar first", "Solar first is bold.", "Solar is 43 MW."),
+        ('The "3x" Push', 'Behind The "3x" Push stand 430 MW of solar.', "We get 3x the solar."),
+        ("2040", "In 2040 we read on.", "In 2040 solar is 430 MW."),
+    ],
+)
+def test_a_name_is_no_figure_and_a_figure_no_name(name: str, as_name: str, as_claim: str) -> None:
+    assert ungrounded(as_name, prompt_of(name)) == []
+    assert ungrounded(as_claim, prompt_of(name))
+
+
+@pytest.mark.parametrize("name", ["Solar", "Peak Demand", "PV", "Capacity", "MW", "Solar PV Capacity", "430", "RE"])
+def test_a_name_is_never_cut_out_of_a_metrics_label(name: str) -> None:
+    blotted = without_names(prompt_of(name), prompt_of(name))
+    assert [(m.value, m.unit, m.metric, m.year) for m in mentions(blotted)] == [
+        (430.0, "MW", "solar", 2030),
+        (900.0, "MW", "peak", 2030),
+    ]

@@ -458,7 +458,8 @@ def _year_of(match: re.Match[str]) -> int:
 
 
 NAMES, CLAIMED = _pattern(DATA["names"]), _pattern(rf"\b(?:{DATA['claimed']})\s*$")
-LABELS = _pattern(r"\b(?:" + "|".join(sorted((row[0] for row in METRICS.values()), key=len, reverse=True)) + r")\b")
+_LABELS = "|".join(sorted((label for label, _, _ in METRICS.values()), key=len, reverse=True))
+LABELS = _pattern(rf"^- (?:{_LABELS})\b.*$|\b(?:{_LABELS})\b")  # a prompt's line of figures, whole, or a label alone
 MEASURED = _pattern(
     DATA["measured"] + rf"\s*(?:(?:{DATA['about']}|{DATA['at_least']}|{DATA['nearly']})\s*)?(?:US ?)?\$?\d"
 )
@@ -490,7 +491,8 @@ def _blotted(text: str, names: tuple[str, ...]) -> str:
         if start in stated or quoted or AFTER_SCENARIO.search(text, max(0, start - 12), start):
             return "_" * len(name)
         in_label = len(labels.get(start, "")) > len(name)
-        claim = re.search(r"\d", name) and CLAIMED.search(text, max(0, start - 24), start)
+        said = CLAIMED.search(text, max(0, start - 24), start) or any(p.match(text, end + 1) for p, _ in ALL_KEYWORDS)
+        claim = said and re.search(r"\d", name)
         return name if in_label or claim or MEASURED.match(text, end, end + 80) else "_" * len(name)
 
     return re.sub(rf"(?<!\w)(?:{known})(?!\w)", blot, text)
