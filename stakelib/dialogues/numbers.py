@@ -22,6 +22,7 @@ import yaml
 from stakelib.scenarios.metrics import METRICS
 
 DATA = yaml.safe_load(files(__package__).joinpath("numbers.yaml").read_text(encoding="utf-8"))
+MOST = 1e30  # no figure is larger; a row of a thousand digits is none
 REACH = 400  # characters around a figure in which its words are looked for: a longer sentence is no sentence
 CHANGES = ("%", "points", "times")  # units of which only the words around say what changes
 
@@ -57,22 +58,23 @@ _ONE = "|".join(sorted(SPELLED, key=len, reverse=True))
 _SCALE = "|".join(SCALES)
 WORDS = (
     rf"(?:(?:half (?:an? )?|an? |(?:{_ONE})[- ])(?:{_SCALE})|(?:{_ONE}))"
-    rf"(?: and a half\b|(?:[- ]and)?[- ](?:{_ONE}|{_SCALE})\b)*"
+    rf"(?: and a half\b|(?:[- ]and)?[- ](?:{_ONE}|{_SCALE})\b){{0,12}}"
 )
 DIGITS = r"\d{1,3}(?:[ ,']\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+|,\d{1,2}(?!\d))?|\.\d+"
 UNITS = [(unit, factor) for _, unit, factor in DATA["units"]]
-_UNIT = "|".join(f"(?P<u{i}>{p.replace('CO2TAIL', DATA['co2'])})" for i, (p, _, _) in enumerate(DATA["units"]))
+_UNIT = "|".join(f"(?P<u{i}>{p})" for i, (p, _, _) in enumerate(DATA["units"]))
+_UNIT = _UNIT.replace("CO2TAIL", DATA["co2"]).replace("ONE", _ONE)
 NUMBER = _pattern(
     rf"(?<!\w)(?<!\d[.,])(?P<sign>(?<![\d%)])[+-](?=[\d.$]))?(?:(?P<other>{DATA['other_money']})\s?|(?P<money>{DATA['money']})\s?)?"
     rf"(?:(?P<digits>{DIGITS})|(?P<words>{WORDS})(?:\b|(?=fold)))"
     rf"(?:\s*-?(?P<scale>{'|'.join(sorted(DATA['scale'], key=len, reverse=True))})(?![A-Za-z0-9\u00b2]))?"
-    rf"(?:\s*-?(?:{_UNIT}))?"
+    rf"(?:\s*(?:-|(?P<plus>\+))?\s?(?:{_UNIT}))?"
 )
 PARTS = _pattern(
     r"\b(?:(?P<many>two|three|four)[- ](?P<parts>third|quarter|fifth|tenth)s\b(?!-)"
     r"|(?:\b(?:an?|one)[- ]?)?(?P<part>half|(?<=an )third|(?<=[ae][- ])(?:third|quarter|fifth|tenth))\b"
     r"(?=\s+(?:of|the|its|all|our|that|by|in|to|from|higher|lower|more|less|fewer)\b|[.,;:)]|\s*$)"
-    rf"|(?P<some>{_ONE}|\d\d?) (?:in|out of) (?P<whole>{_ONE}|\d\d?)\b(?!\s*(?:\d|(?:{_UNIT.replace('?P<u', '?P<v')})))"
+    rf"|(?P<some>{_ONE}|\d\d?) (?:in|out of) (?P<whole>{_ONE}|\d\d?)\b(?!\s*(?:[.,]?\d|%|[kMGT]Wh?\b|year))"
     r"|(?P<over>[1-9])/(?P<under>[2-9])(?![\d/]))|(?P<glyph>[" + "".join(DATA["glyphs"]) + "])"
 )
 OF_BEFORE = _pattern(  # "half the 2030 level", "a third of today's": a multiple and no share
@@ -101,7 +103,7 @@ SPAN = _pattern(r"\b(?:between|from|the|both) (\d{4}) (?:and|to) (\d{4})\b")
 
 # ---- the words around a figure
 
-TALK = _pattern(DATA["talk"])
+TALK, BY = _pattern(DATA["talk"]), _pattern(r"\bby\s*$")
 _QUALIFIED = "|".join(rf"(?P<{name}>{DATA[name]})" for name in ("at_least", "at_most", "nearly", "about"))
 QUALIFIED = _pattern(rf"(?<!\w)(?:{_QUALIFIED})\s*(?:US ?)?\$?$")
 AFTERWARDS = _pattern(
@@ -113,11 +115,14 @@ MOVED_BY = _pattern(r"(?: by|(?: [\w-]+){1,6}(?<!ed) by| in (?:the )?[\w-]+(?: [
 LEVEL_HEDGE = _pattern(r"above|below|beyond|under|over|exceed")  # "falls below 40%" is no fall by 40%
 MORE = _pattern(
     rf"\s*(?:{_words('changed')}\s){{0,3}}(?:(?P<up>{DATA['more']})|(?P<down>{DATA['less']}))\b"
-    r"(?! (?:to|from|by|off|short)\b)"
+    r"(?! (?:to|from|by|off|short)\b| than (?:half|an?\b|\d|\$))"
 )
 EITHER = _pattern(rf"\b{_words('either')}\b")
 LEVEL = _pattern(r"\bto\s*(?:US ?)?\$?$")
-LINK = _pattern(r"(?:,? \(?(?:in|by) _{4}\)?| \(_{4}\))?\s*(?P<word>to|and|or|-|\u2013)\s*")
+LINK = _pattern(
+    r"(?P<year>(?: of(?: [a-z]+){1,2})?(?:,? \(?(?:in|by) _{4}\)?| \(_{4}\)))?"
+    r"\s*(?:to|and|or|-|\u2013|(?P<listed>,(?: and| then| to)?))\s*"
+)
 OPEN_RANGE = _pattern(r"\b(?:between|from)\s*(?:US ?)?\$?$")
 RANGE_ENDS = _pattern(r"\s*(?:$|[.,;:)]|(?:in|by) _{4})")
 ATTACHED = _pattern(
@@ -175,6 +180,7 @@ class _Read:
     factor: float = 1.0
     scale: float | None = None
     sign: int = 0
+    plus: bool = False  # "240+ MW"
     coarse: bool = False  # "half", "doubled": a word instead of a number
 
 
@@ -231,15 +237,15 @@ def _number(match: re.Match[str]) -> _Read | None:
     scale = DATA["scale"][match["scale"].lower()] if match["scale"] else None
     end = match.start() + len(match.group().rstrip())
     sign = {"+": 1, "-": -1}.get(match["sign"], 0)
-    read = _Read(match.start(), end, 0.0, unit=unit, factor=factor, scale=scale, sign=sign)
+    read = _Read(match.start(), end, 0.0, unit=unit, factor=factor, scale=scale, sign=sign, plus=bool(match["plus"]))
     if match["words"]:
         read.number = _spelled(match["words"])
-        read.round_to = _round_to(f"{read.number:.0f}")
+        read.round_to, read.exact = _round_to(f"{read.number:.0f}"), 0.5 if read.number == int(read.number) else 0.05
         return None if _only_counts(read, match) else read
     digits = re.sub(r"[ ']", "", match["digits"])
     digits = digits.replace(",", ".") if re.fullmatch(r"\d+,\d{1,2}", digits) else digits.replace(",", "")
     places = len(digits.partition(".")[2])
-    read.number, read.exact = float(digits), 0.5 * 10.0**-places
+    read.number, read.exact = min(float(digits), MOST), 0.5 * 10.0**-places
     read.round_to = _round_to(digits) if not places else 10.0**-places * (5 if digits.endswith("5") else 1)
     return read
 
@@ -260,13 +266,15 @@ def _spelled(words: str) -> float:
                 total, part = total + part, 0.0
         else:
             part += 0.5 if word == "half" else SPELLED.get(word, 0)
-    return total + part
+    return min(total + part, MOST)
 
 
 def _only_counts(read: _Read, match: re.Match[str]) -> bool:
     """ "one day", "two key questions": a number in words that is no figure."""
     if read.number in (0, 1) and read.unit in (None, "time", "jobs", "people") and not read.scale:
         return True
+    if read.unit == "points" and match["words"] and not BY.search(match.string, max(0, match.start() - 4), match.start()):
+        return read.number < 13 and "percent" not in match.group()  # "two points that we want to make"
     talk = TALK.match(match.string, match.end(), match.end() + 24)
     return read.unit is None and read.scale is None and read.number < 13 and bool(talk)
 
@@ -321,9 +329,9 @@ def _shared(found: list[_Read], text: str) -> list[_Read]:
     """In "2.5 to 3.0 GW" and "$1.2 to 3.4 billion" both numbers have one unit and one scale."""
     for left, right in reversed(list(zip(found, found[1:], strict=False))):
         link = LINK.fullmatch(text, left.end, right.start)
-        if not link:
+        if not link or (link["listed"] and not link["year"]):
             continue
-        opened = left.factor == 1e-6 or OPEN_RANGE.search(text, max(0, left.start - 16), left.start)
+        opened = link["year"] or left.factor == 1e-6 or OPEN_RANGE.search(text, max(0, left.start - 16), left.start)
         if left.unit and not right.unit and opened and (right.scale or RANGE_ENDS.match(text, right.end)):
             right.unit, right.factor, right.scale = left.unit, left.factor, right.scale or left.scale
         if left.unit in (None, right.unit, (right.unit or "").removesuffix("/yr")):
@@ -382,7 +390,7 @@ class _Placing:
         """
         before = QUALIFIED.search(self.free, max(0, read.start - 24), read.start)
         after = AFTERWARDS.match(self.free, read.end)
-        kind = (before or after).lastgroup if before or after else None
+        kind = (before or after).lastgroup if before or after else "at_least" if read.plus else None
         some = (0.25 if read.coarse else 0.1) * read.number
         if kind in ("at_least", "at_most"):
             return max(read.exact, min(read.round_to, some)), 1 if kind == "at_least" else -1
@@ -459,7 +467,9 @@ def _year_of(match: re.Match[str]) -> int:
 
 NAMES, CLAIMED = _pattern(DATA["names"]), _pattern(rf"\b(?:{DATA['claimed']})\s*$")
 _LABELS = "|".join(sorted((label for label, _, _ in METRICS.values()), key=len, reverse=True))
-LABELS = _pattern(rf"^- (?:{_LABELS})\b.*$|\b(?:{_LABELS})\b")  # a prompt's line of figures, whole, or a label alone
+LABELS = _pattern(
+    rf"^- (?:{_LABELS})(?: \d{{4}})?:.*$|\b(?:{_LABELS})\b"
+)  # a prompt's line of figures, whole, or a label alone
 MEASURED = _pattern(
     DATA["measured"] + rf"\s*(?:(?:{DATA['about']}|{DATA['at_least']}|{DATA['nearly']})\s*)?(?:US ?)?\$?\d"
 )
