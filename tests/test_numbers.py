@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -467,3 +469,80 @@ def test_a_name_is_never_cut_out_of_a_metrics_label(name: str) -> None:
         (430.0, "MW", "solar", 2030),
         (900.0, "MW", "peak", 2030),
     ]
+
+
+# ---- any figure, any text
+
+FORMS = (
+    "{label} of {metric}{noun} in {year}",
+    "In {year}, {label} is {metric}{noun}.",
+    "We plan {metric}{noun} of {label} by {year}.",
+    "{label} ({year}): {metric}{noun}",
+    "{label} is at least {metric}{noun} in {year}.",
+    "about {metric}{noun} of {label} in {year}",
+)
+
+
+@given(
+    key=st.sampled_from(CITABLE),
+    value=st.floats(0.3, 20_000),
+    year=st.sampled_from([2025, 2030, 2040, 2050]),
+    form=st.sampled_from(FORMS),
+)
+def test_every_printed_figure_is_read_back_as_it_is(key: str, value: float, year: int, form: str) -> None:
+    metric = Metric.of(key, year, value)
+    noun = {"jobs": " jobs", "permanent_jobs": " permanent jobs"}.get(key, "")
+    text = form.format(label=metric.label, metric=metric, noun=noun, year=year)
+    (read,) = mentions(text)
+    assert (read.value, read.unit) == (pytest.approx(metric.value), metric.unit)
+    assert read.year in (year, None) and (read.year == year or "):" in text)
+    assert ungrounded(text, f"- {metric.label}: {metric} ({year})") == []
+    assert ungrounded(text, f"- {metric.label}: {Metric.of(key, year, 1.2 * value + 3)} ({year})")
+
+
+PIECES = [
+    "1 ",
+    "1,",
+    "$5 ",
+    "one hundred and ",
+    "half a ",
+    "2030-",
+    "20",
+    "½",
+    "two thirds of ",
+    "rises by 5% ",
+    "\n",
+    " ",
+]
+PIECES += [
+    "between 5 and ",
+    "solar ",
+    "jobs ",
+    "01/",
+    "1:",
+    "x-",
+    "(1) ",
+    "nearly ",
+    "80% RE by 2040 ",
+    "CO2 ",
+    ".",
+    "'",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=60).map("".join))
+def test_no_text_is_too_odd_to_read(text: str) -> None:
+    for m in mentions(text):
+        assert 0 <= m.start < m.end <= len(text) and m.text and m.value == m.value
+    assert all(miss.reason for miss in ungrounded(text, prompt_of("80% RE by 2040"), derived=True))
+    assert ungrounded("We need 77 MW.", text) or "77" in text
+    assert len(without_names(text, prompt_of("80% RE by 2040"))) == len(text) and years(text) <= set(range(1900, 2100))
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_long_text_is_read_in_time_that_grows_with_its_length(piece: str) -> None:
+    """A pattern that tries everything again at each place would need minutes for this."""
+    text = (piece * 20_000)[:20_000]
+    start = time.process_time()
+    ungrounded(text, prompt_of("80% RE by 2040"), derived=True)
+    assert time.process_time() - start < 30

@@ -138,7 +138,8 @@ AFTER_SCENARIO = _pattern(r"\b(?:scenario|plan|pathway)(?: called| named|:)?\s*$
 STOP = _pattern(r"[,;:()\u2014\u2013.!?]|\b(?:and|but|while|then|with|to|from|against|rising|falling)\b")
 SENTENCE_END = _pattern(r"(?<=[.!?])\s+|\n")
 KEYWORDS = {unit: [(_pattern(rf"\b(?:{p})\b"), m) for p, m in rows] for unit, rows in DATA["keywords"].items()}
-ALL_KEYWORDS = [row for rows in KEYWORDS.values() for row in rows]
+ANY = "any unit"
+KEYWORDS[ANY] = [row for rows in KEYWORDS.values() for row in rows]
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,11 @@ def _only_counts(read: _Read, match: re.Match[str]) -> bool:
     """ "one day", "two key questions": a number in words that is no figure."""
     if read.number in (0, 1) and read.unit in (None, "time", "jobs", "people") and not read.scale:
         return True
-    if read.unit == "points" and match["words"] and not BY.search(match.string, max(0, match.start() - 4), match.start()):
+    if (
+        read.unit == "points"
+        and match["words"]
+        and not BY.search(match.string, max(0, match.start() - 4), match.start())
+    ):
         return read.number < 13 and "percent" not in match.group()  # "two points that we want to make"
     talk = TALK.match(match.string, match.end(), match.end() + 24)
     return read.unit is None and read.scale is None and read.number < 13 and bool(talk)
@@ -353,6 +358,7 @@ class _Placing:
         self.ends = [0, *(m.end() for m in SENTENCE_END.finditer(masked)), len(masked)]
         self.years = [(m.start(), m.end(), _year_of(m), _until(m)) for m in YEAR.finditer(masked)]
         self.year_starts = [y[0] for y in self.years]
+        self.keywords: dict[str, list[tuple[int, int, int, str]]] = {}
 
     def mentions(self) -> list[Mention]:
         starts = [r.start for r in self.found] + [len(self.text)]
@@ -432,15 +438,19 @@ class _Placing:
         for pattern, metric in table:
             if pattern.match(self.text, at, following):
                 return metric
-        before = [
-            (m.end(), -i, name) for i, (p, name) in enumerate(table) for m in p.finditer(self.text, left, read.start)
-        ]
-        if before:
-            return max(before)[2]
-        after = [
-            (m.start(), i, name) for i, (p, name) in enumerate(table) for m in p.finditer(self.text, read.end, right)
-        ]
-        return min(after)[2] if after else DATA["only"].get(unit)
+        if before := self.named(unit, left, read.start):
+            return max((min(end, read.start), -i, name) for _, end, i, name in before)[2]
+        after = self.named(unit, read.end, right)
+        return min((start, i, name) for start, _, i, name in after)[2] if after else DATA["only"].get(unit)
+
+    def named(self, unit: str, left: int, right: int) -> list[tuple[int, int, int, str]]:
+        """(start, end, row, metric) of the unit's keywords that begin in this part of the text."""
+        if unit not in self.keywords:  # the whole text is read once
+            rows = enumerate(KEYWORDS.get(unit, []))
+            found = ((m.start(), m.end(), i, name) for i, (p, name) in rows for m in p.finditer(self.text))
+            self.keywords[unit] = sorted(found)
+        known = self.keywords[unit]
+        return known[bisect_left(known, (left,)) : bisect_left(known, (right,))]
 
     def attached(self, pattern: re.Pattern[str], read: _Read, following: int) -> int:
         found = pattern.match(self.text, read.end, following)
@@ -449,13 +459,13 @@ class _Placing:
     def subjects(self, read: _Read, left: int, right: int, following: int) -> frozenset[str]:
         """The metrics that the word nearest to a change may stand for: "solar" for a capacity or a share."""
         at = self.attached(CHANGE_OF, read, following)
-        if direct := {name for p, name in ALL_KEYWORDS if p.match(self.text, at, following)}:
+        if direct := {name for p, name in KEYWORDS[ANY] if p.match(self.text, at, following)}:
             return frozenset(direct)
-        before = [(m.end(), name) for p, name in ALL_KEYWORDS for m in p.finditer(self.text, left, read.start)]
-        if before:
-            return frozenset(name for end, name in before if end == max(before)[0])
-        after = [(m.start(), name) for p, name in ALL_KEYWORDS for m in p.finditer(self.text, read.end, right)]
-        return frozenset(name for start, name in after if start == min(after)[0])
+        if before := self.named(ANY, left, read.start):
+            last = max(min(end, read.start) for _, end, _, _ in before)
+            return frozenset(name for _, end, _, name in before if min(end, read.start) == last)
+        after = self.named(ANY, read.end, right)
+        return frozenset(name for start, _, _, name in after if start == after[0][0])
 
 
 def _year_of(match: re.Match[str]) -> int:
@@ -501,7 +511,7 @@ def _blotted(text: str, names: tuple[str, ...]) -> str:
         if start in stated or quoted or AFTER_SCENARIO.search(text, max(0, start - 12), start):
             return "_" * len(name)
         in_label = len(labels.get(start, "")) > len(name)
-        said = CLAIMED.search(text, max(0, start - 24), start) or any(p.match(text, end + 1) for p, _ in ALL_KEYWORDS)
+        said = CLAIMED.search(text, max(0, start - 24), start) or any(p.match(text, end + 1) for p, _ in KEYWORDS[ANY])
         claim = said and re.search(r"\d", name)
         return name if in_label or claim or MEASURED.match(text, end, end + 80) else "_" * len(name)
 
