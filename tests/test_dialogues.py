@@ -16,13 +16,14 @@ from stakelib.dialogues import (
     check,
     guide_test_prompts,
     mix_for,
+    prepare,
     problems_of,
     read,
     split,
     write,
 )
 from stakelib.dialogues.numbers import mentions
-from stakelib.run import CourseError
+from stakelib.run import CourseError, Run
 from stakelib.scenarios import sample
 from stakelib.scenarios.metrics import METRICS
 from stakelib.voices import STAKEHOLDERS, respond
@@ -328,3 +329,78 @@ def test_what_is_easily_confused_is_also_given_alone() -> None:
     without = [r for r in ROWS if "- Investment: " not in r.prompt]
     assert 0.2 * len(ROWS) < len(without) < 0.6 * len(ROWS)
     assert not [r for r in without if any(f.metric == "Investment" for f in r.facts)]
+
+
+NAMES = [
+    "80% RE by 2040",
+    "NDC 30%",
+    "100% Renewables",
+    "5 GW Solar",
+    "$2bn Grid Plan",
+    "+20% demand",
+    "Solar",
+    "Wind",
+    "RE",
+    "B",
+    "R&D & Grid",
+    "-40% CO2",
+    "Solar & Wind",
+    'The "Big Push"',
+    "Plan 2",
+    "Net Zero 2050",
+    "Vision 2030",
+    "1.5C pathway",
+    "Two Thirds Renewable",
+    "Double Solar",
+    "100%",
+    "Peak Demand",
+    "Renewable Share",
+    "Investment",
+    "3x Storage",
+    "Hydro: 2,000 MW",
+    "Jobs",
+    "Emissions",
+    "10,000 Jobs",
+    "50/50",
+    "2040",
+    "Imports",
+    "Coal Exit 2035",
+    "No Coal, 60% Solar and Wind",
+    "Twice as green",
+    "Half & Half",
+    "H2 10 GW",
+    "US$ 1 billion a year",
+    "solar first",
+]
+COUNTRIES = [
+    "Zone 4",
+    "Region 50 Hertz",
+    "Island 5 MW",
+    "Area 51%",
+    "North & East",
+    "Solar Islands",
+    "Zone 3 MW (North)",
+    "Congo, Dem. Rep.",
+    "Two Rivers",
+    "South-West 2",
+    "D\u00e9partement 75",
+]
+
+
+@pytest.mark.parametrize(("field", "names"), [("scenarioName", NAMES), ("country", COUNTRIES)])
+def test_no_row_is_refused_for_the_name_of_its_scenario_or_country(field: str, names: list[str]) -> None:
+    scenarios = [s.model_copy(deep=True) for s in SCENARIOS[: len(names)]]
+    for scenario, name in zip(scenarios, names, strict=True):
+        setattr(scenario.metadata, field, name)
+    each = dict.fromkeys(STAKEHOLDERS, len(names))
+    rows = build(scenarios, each, seed=7, asked=len(names) * 3, enhance=len(names) * 2, voice=len(names) * 2)
+    assert {getattr(row, {"scenarioName": "scenario"}.get(field, field)) for row in rows} == set(names)
+    assert [(row.id, found) for row in rows if (found := problems_of(row))] == []
+
+
+def test_notebook_01_takes_scenarios_with_natural_names(tiny: object, tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", "smoke")
+    scenarios = sample(7, run.profile.seed)
+    for scenario, name in zip(scenarios, NAMES, strict=False):
+        scenario.metadata.scenarioName = name
+    assert sum(prepare(run, scenarios)["rows"].values()) == 90

@@ -255,6 +255,12 @@ PROMPT = """- Country: Kenya
         ("Renewables decline.", "If renewables decline, we leave."),
         ("Coal grows.", "Must coal grow?"),
         ("Higher emissions follow.", "We want higher emissions cuts."),
+        ("Emissions are 40 % higher in 2040.", "Emissions are 40 % lower in 2040."),
+        ("Emissions are up by 40%.", "Emissions are down by 40%."),
+        ("A 40 % increase in emissions follows.", "A 40 % reduction in emissions follows."),
+        ("An increase of emissions by 40 percent", "A cut of emissions by 40 percent"),
+        ("Coal is 300 MW higher in 2040.", "Coal is 300 MW lower in 2040."),
+        ("Coal will rise about 300 MW.", "Coal, made up of old plants, will fall about 300 MW."),
         ("There will be a smaller share of renewables and fewer renewables.", "Fewer renewables would be a shame."),
     ],
 )
@@ -308,6 +314,11 @@ def test_a_metric_of_one_year_has_no_direction() -> None:
 )
 def test_a_claim_without_data_is_seen(wrong: str, right: str, word: str) -> None:
     assert unfounded(wrong, PROMPT) == [word] and unfounded(right, PROMPT) == []
+
+
+def test_a_technology_in_the_name_of_a_scenario_is_no_data() -> None:
+    named = PROMPT.replace("Coal Farewell", "Wind, Solar and Hope")
+    assert unfounded("The solar fleet stays.", named) == ["solar"]
 
 
 def test_the_tips_end_where_their_list_ends() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from stakelib.dialogues.build import Dialogue
 from stakelib.dialogues.formats import HEADINGS
-from stakelib.dialogues.numbers import YEAR, mentions, ungrounded, without_names
+from stakelib.dialogues.numbers import mentions, ungrounded, without_names, years
 from stakelib.dialogues.tasks import BASE, END, KEYS
 from stakelib.run import CourseError
 from stakelib.scenarios import country_key
@@ -86,8 +86,7 @@ def _grounded(row: Dialogue) -> list[str]:
         f"{m.mention.text!r}: {m.reason}" + (f" (nearest: {m.nearest.text!r}, {m.nearest.year})" if m.nearest else "")
         for m in ungrounded(text, prompt)
     ]
-    stated, held = ({m.group()[:4] for m in YEAR.finditer(part)} for part in (text, prompt))
-    return misses + [f"year {year} is not in the prompt" for year in sorted(stated - held)]
+    return misses + [f"year {year} is not in the prompt" for year in sorted(years(text) - years(prompt))]
 
 
 def _facts(row: Dialogue) -> list[str]:
@@ -101,8 +100,8 @@ def _facts(row: Dialogue) -> list[str]:
     ]
 
 
-def _figures(text: Any) -> Counter[tuple[float, str]]:
-    return Counter((m.value, m.unit) for m in mentions("\n".join(_strings(text))))
+def _figures(text: str) -> Counter[tuple[float, str]]:
+    return Counter((m.value, m.unit) for m in mentions(text))
 
 
 def _preserved(row: Dialogue) -> list[str]:
@@ -120,7 +119,8 @@ def _preserved(row: Dialogue) -> list[str]:
         pairs = [(old, now)] if isinstance(old, str) else list(zip(old, now, strict=False)) if type(now) is list else []
         if type(old) is not type(now) or (isinstance(old, list) and len(old) != len(now)):
             out.append(f"{key}: not the same number of items as the base")
-        out += [f"{key}: drops the figures of {str(a)[:40]!r}" for a, b in pairs if _figures(a) - _figures(b)]
+        told = [(a, *(_figures(without_names("\n".join(_strings(x)), row.prompt)) for x in (a, b))) for a, b in pairs]
+        out += [f"{key}: drops the figures of {str(a)[:40]!r}" for a, before, after in told if before - after]
         if key == "concerns":
             out += [
                 f"{key}: {str(b)[:40]!r} has another metric, severity or shape"
@@ -193,9 +193,7 @@ def absent(text: str, prompt: str, words: Mapping[str, str] = BACKED) -> list[st
 
 def _claims(row: Dialogue) -> list[str]:
     """No word about a technology or figure without data on it in the prompt; the tool's own prompts hold the word."""
-    data, text = given(row), said(row)
-    for name in (row.scenario, row.country):
-        text = text.replace(name, "")
+    data, text = (without_names(part, row.prompt) for part in (given(row), said(row)))
     if row.task == "dialogue":
         parts = re.split(r"^\*\*(Questions|Engagement Tips)\*\*:", text, flags=re.M)
         asked = parts[2] if len(parts) > 2 else ""

@@ -208,7 +208,9 @@ def _reaction(
     for turn in range(TURNS):
         said = respond(known if shares else scenario, *speaker, seed + 7919 * turn, ("re_share",) if shares else ())
         opening = _first_sentence(said.initialReaction, scenario)
-        if not shares or mentions(opening.replace(scenario.metadata.scenarioName, "")):
+        # a name may hold a number, which is no figure
+        bare = opening.replace(scenario.metadata.scenarioName, "").replace(scenario.metadata.country, "")
+        if not shares or mentions(bare):
             break
     if pool := country_profile(scenario.metadata.country).get("pool"):  # the tool's prompts do not name it
         opening = opening.replace(pool, "our region")

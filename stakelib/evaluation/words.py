@@ -32,7 +32,7 @@ def _any(name: str) -> re.Pattern[str]:
 def _moving(metric: str, way: str) -> re.Pattern[str]:
     """A metric's name with a verb of that way: "coal of 40 MW falls" (not short), "the growth of peak demand"."""
     name, verb = (rf"\b(?:{part})\b" for part in (words()["names"][metric], words()[way]))
-    gap, link, no_move = words()["gap"], words()["link"], "of|in|short|behind|below"
+    gap, link, no_move = words()["gap"], words()["link"], r"of|in(?! \d{4})|short|behind|below"
     return re.compile(
         rf"{name}(?:[ (]+(?:{gap})\)?){{0,8}} (?!(?:lower|reduce|cut)s ){verb}(?! (?:{no_move}) )"
         rf"|{verb}(?: (?:{link})){{0,4}} {name}",
@@ -52,8 +52,8 @@ def unfounded(text: str, prompt: str) -> list[str]:
     """
     said = [s for s in statements(without_names(text, prompt)) if not _any("lacking").search(s)]
     own = without_names(prompt, prompt)
-    loose = [w for w in absent("\n".join(said), prompt) if not re.search(rf"\b{w}\b", own, re.I)]
-    firm = [w for s in said for w in absent(s, prompt) if mentions(s)]
+    loose = [w for w in absent("\n".join(said), own) if not re.search(rf"\b{w}\b", own, re.I)]
+    firm = [w for s in said for w in absent(s, own) if mentions(s)]
     return list(dict.fromkeys(loose + firm))
 
 
