@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -469,11 +470,19 @@ def test_checkpoints_of_other_rows_or_settings_are_not_continued(
         patch.setattr(peft_backend.Watch, "on_step_end", stop)
         train(run, FAST)
     assert "interrupted; started again, it goes on from its last checkpoint" in capsys.readouterr().out
-    assert train(run, replace(FAST, seed=3))["resumed_at"] == 0
-    write_rows(run, "train", some_rows(15))
-    assert train(run, FAST)["resumed_at"] == 0
-    write_rows(run, "train", some_rows(16))
-    assert train(run, FAST)["resumed_at"] == 4  # the twin: back to the same rows and settings
+    begun = run.folder / "training"
+    assert len(list(begun.glob("checkpoints-*"))) == 1
+    for name, recipe, rows, resumed in (
+        ("seed", replace(FAST, seed=3), 16, 0),
+        ("rows", FAST, 15, 0),
+        ("twin", FAST, 16, 4),
+    ):
+        shutil.copytree(run.folder, home / name)
+        other = Run.open(home / name, "smoke")
+        write_rows(other, "train", some_rows(rows))
+        assert train(other, recipe)["resumed_at"] == resumed, name
+        assert not list(other.path("training").glob("checkpoints-*"))  # the abandoned ones are swept, and that is said
+        assert ("of earlier settings that never ended" in capsys.readouterr().out) == (name != "twin")
 
 
 def test_rows_come_in_an_order_fixed_by_the_seed() -> None:
