@@ -66,7 +66,7 @@ def disk_full(problem: BaseException, place: Path) -> CourseError | None:
     what = f"the disk of {full} is full, with {free[full]:.1f} MB free now"
     action = "make room on that disk (old folders in runs/ and packed runs are large)"
     if isinstance(problem, CourseError):
-        told = CourseError([*problem.problems, what], f"{action}; then {problem.next_action}")
+        told = CourseError([*problem.problems, what], action if said else f"{action}; then {problem.next_action}")
     else:
         told = CourseError(f"{what} ({str(problem)[:200] or type(problem).__name__})", action)
     told.full = True

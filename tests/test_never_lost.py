@@ -282,12 +282,13 @@ with writing(Path({str(place)!r}) / "thing") as part:
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     old = place / next(place.iterdir()).name.replace(".part", ".old")
-    old.write_bytes(b"half")  # killed between the two renames
+    old.write_bytes(b"whole")  # killed between the two renames
     with writing(place / "mine") as part:
         part.write_bytes(b"x")
         Run.open(home / "run", "smoke")
-        assert [p.name for p in place.iterdir()] == [part.name]  # the twin: a living writer is left alone
-    assert [p.name for p in place.iterdir()] == ["mine"]
+        assert {p.name for p in place.iterdir()} == {part.name, "thing"}  # the twin: a living writer is left alone
+    assert {p.name for p in place.iterdir()} == {"mine", "thing"}
+    assert (place / "thing").read_bytes() == b"whole"  # the old one is back
 
 
 # ------------------------------------------------------------------------------------------------- two at once
