@@ -87,7 +87,7 @@ def page(run: Run, scenarios: Sequence[Scenario], variant: str = "pragmatic") ->
             for name, text in texts.items():
                 (part / name).write_text(text, encoding="utf-8", newline="\n")
             for name in PARTS.values():
-                link(runtime / name, part / name)
+                shutil.copyfile(runtime / name, part / name)  # no link: an edit here must not reach the cache
             asked = [_prompts(tokenizer, scenario, variant) for scenario in scenarios]
             about = {"name": gguf.stem, "tokens": run.profile.max_new_tokens, "files": _model(gguf, part)}
             about["sha256"] = sha256(gguf)
