@@ -47,6 +47,8 @@ def read_sheet(path: str | Path, *wanted: Collection[str], optional: Collection[
     path = Path(path)
     data = _bytes(path)
     if not _is_workbook(data):
+        if path.suffix.lower() == ".xlsx" and b"\0" in data[:5000]:
+            raise CourseError(f"{path.name} is no Excel workbook: it is damaged", "ask for the file again.")
         return parse_sheet(decode(data, path.name), path.name, *wanted, optional=optional)
     return _from_workbook(data, path.name, wanted, optional)
 
@@ -218,6 +220,7 @@ def _rows(text: str, separator: str, name: str) -> Iterator[Row]:
             yield number, row
     except csv.Error as error:
         why = "a quotation mark is not closed" if "unexpected end" in str(error) else str(error)
+        why = "a text goes on after its closing quotation mark" if "expected after" in why else why
         raise CourseError(f"{name}: row {number + 1}: not a readable table ({why})", MEND) from error
 
 

@@ -98,6 +98,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "text in a nameless column": ("id,,year,value\na,,2030,1\nb,see here,2030,1\n", "row 3: 'see here'"),
     "row cut": ("id,year,value\na,2030\n", "row 2: has fewer cells"),
     "quote not closed": ('id,year,value\na,"2030,1\n', "row 2: not a readable table"),
+    "quote in the middle": ('id,year,value\na,"2030"x,1\n', "row 2: not a readable table (a text goes on"),
     "nul": ("id,year,value\na,2030,\0\n", "no text"),
     "half a character": ("id,year,value\na,2030,\ud83d\n", "no text"),
 }
@@ -207,6 +208,7 @@ def test_one_sheet_must_hold_the_table(tmp_path: Path) -> None:
     [
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512), ".xls"),
         (b"PK\x03\x04 and nothing", "damaged"),
+        (b"P\x03\x04\x00\xe9", "damaged"),
         ({"content.xml": "<x/>"}, ".ods"),
         ({"Index/Document.iwa": ""}, "Numbers"),
         ({"[Content_Types].xml": "", "xl/workbook.bin": ""}, ".xlsb"),
