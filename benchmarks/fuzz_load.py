@@ -5,7 +5,7 @@
 
 Kinds: the tool's JSON, the guide's older JSON, a SPLAT export and the template, as text and as .xlsx. `--more`: JSON
 files that are mutated too. Prints how many files loaded, each kind of message with its number, and what went wrong;
-the first ten files that went wrong stay in the folder that is named. Ends with 1 if there are any.
+the first forty files that went wrong stay in the folder that is named. Ends with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
         except Exception:
             results[kind]["WRONG"] += 1
             wrong.append(f"{number}, {kind}: {traceback.format_exc(limit=-2)}")
-            if len(wrong) <= 10:
+            if len(wrong) <= 40:
                 (kept / f"{number}.dat").write_bytes(data)
             continue
         results[kind]["refused" if isinstance(result, CourseError) else "loaded"] += 1
@@ -62,7 +62,7 @@ def main() -> int:
         print(f"{kind}: " + ", ".join(f"{counts[what]:,} {what}" for what in ("loaded", "refused", "WRONG")))
     print(f"{len(messages)} kinds of message, the most frequent:")
     print("\n".join(f"{count:6,}  {text[:150]}" for text, count in messages.most_common(60)))
-    print("\n".join([f"{len(wrong)} of {asked.count:,} went wrong; folder {kept}", *wrong[:10]]))
+    print("\n".join([f"{len(wrong)} of {asked.count:,} went wrong; folder {kept}", *wrong[:40]]))
     return 1 if wrong else 0
 
 

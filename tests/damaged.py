@@ -238,14 +238,16 @@ def damaged(kind: str, rng: random.Random) -> bytes:
 
 
 # what no person who plans energy should have to read
-INSIDE = re.compile(r"pydantic|Traceback|NoneType|<class|object at 0x|Error\b(?! value)|set_int_max|recursion", re.I)
+INSIDE = re.compile(r"pydantic|Traceback|NoneType|<class|object at 0x|[a-z]Error\b|set_int_max|recursion")
 # a file as a whole may be wrong; every other problem names a row or a field
 WHOLE = re.compile(
     r"not valid JSON|not UTF-8|is empty|no row holds|is larger than|is a damaged|cannot be read as|holds bytes that|"
     r"no sheet holds|the list is empty|no capacity or output|sheets hold|is an old Excel|is a zip file|is no |unpacks|"
     r"and \d+ more|left out|not in the mapping|plants without capacity|is an? "
 )
-PLACE = re.compile(r"row \d+|(metadata|milestones|detailedTech|capacity|investment|emissions|scenario)\b")
+PLACE = re.compile(
+    r"row \d+|(metadata|milestones|detailedTech|capacity|investment|emissions|scenario)\b|\[\d+\]|half a character"
+)
 
 
 def outcome(path: Path, **options: Any) -> list[Scenario] | CourseError:

@@ -78,7 +78,7 @@ def test_any_value_anywhere_in_json(data: st.DataObject, kind: str, new: list[An
         spot[last] = value
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(whole), encoding="utf-8")
-    outcome(path)
+    assert outcome(path)
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -97,7 +97,7 @@ def test_any_text_in_any_cell(
         rows[row][column] = text
     path = tmp_path / "mine.csv"
     path.write_text("\n".join(separator.join(row) for row in rows), encoding="utf-8", newline="")
-    outcome(path, decimal=decimal)
+    assert outcome(path, decimal=decimal)
 
 
 @pytest.mark.parametrize(
