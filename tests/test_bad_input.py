@@ -126,6 +126,13 @@ def test_almost_nothing_is_refused(text: str, tmp_path: Path) -> None:
     assert not checked(path)
 
 
+def test_a_first_year_with_next_to_no_emissions(tmp_path: Path) -> None:
+    emissions = [{"year": y, "emissions": {"total": t, "unit": "Mt CO2"}} for y, t in ((2025, 1e-320), (2030, 1.0))]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"metadata": {"country": "A", "scenarioName": "B"}, "milestones": emissions}), "utf-8")
+    assert checked(path)
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CourseError, match="cannot be read"):
         load(tmp_path)

@@ -229,6 +229,12 @@ ALIKE = [
 ]
 
 
+def test_a_country_without_a_profile_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, told in (("DRC", True), ("Atlantis", True), ("IVORY COAST", False), ("Kenya", False)):
+        load(written(tmp_path, f"{HEAD}{name};S;2030;re_share;50;%\n"))
+        assert (f"{name} is not in countries.json" in capsys.readouterr().out) is told
+
+
 @pytest.mark.parametrize("names", ALIKE, ids=lambda names: names[0])
 def test_spellings_and_names_of_one_country_have_one_key_and_profile(names: tuple[str, ...]) -> None:
     assert len({country_key(name) for name in names}) == 1

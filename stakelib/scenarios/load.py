@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stakelib.run import CourseError
 from stakelib.scenarios.doubts import doubts_of, fractions
 from stakelib.scenarios.guide import from_guide
-from stakelib.scenarios.names import country_key, name_key, plain, respelt, usual_spellings
+from stakelib.scenarios.names import country_key, country_profile, name_key, plain, respelt, usual_spellings
 from stakelib.scenarios.schema import Scenario, Technologies
 from stakelib.scenarios.splat import COLUMNS, OPTIONAL, read_mapping, read_splat
 from stakelib.scenarios.tables import COLUMNS as TEMPLATE
@@ -80,6 +80,9 @@ def load(
         meta.warnings = list(dict.fromkeys([*(meta.warnings or []), *doubts_of(scenario)])) or None
         for warning in meta.warnings or []:
             print(f"{path.name}: {meta.country}, {meta.scenarioName}: {warning}")
+    for country in dict.fromkeys(s.metadata.country for s in scenarios):
+        if not country_profile(country):
+            print(f"{path.name}: {country} is not in countries.json: its power pool is unknown, its context 'emerging'")
     return scenarios
 
 
@@ -90,7 +93,9 @@ def _read_json(path: Path, text: str) -> Any:
         raise CourseError(f"{path.name}: not valid JSON (nested too deeply)", "export the scenario again.") from error
     except ValueError as error:
         raise CourseError(f"{path.name}: not valid JSON ({error})", "export the scenario again.") from error
-    if halves := [f"{path.name}: {_field(place)}: holds half a character" for place in _half_characters(data)]:
+    if halves := [
+        f"{path.name}: {_field(place)}: holds half a character (such as \\ud83d)" for place in _half_characters(data)
+    ]:
         raise CourseError(halves[:20], "write these texts again; a program has cut a sign, such as an emoji, in two.")
     return data
 

@@ -44,7 +44,8 @@ def _cut(first: Milestone, m: Milestone) -> float | None:
     if not (first.emissions and m.emissions):
         return None
     base = first.emissions.total
-    return _round(100 * (base - m.emissions.total) / base, 1) if base else 0.0
+    cut = 100 * (base - m.emissions.total) / base if base else 0.0
+    return _round(cut, 1) if math.isfinite(cut) else None
 
 
 def _from_capacity(scenario: Scenario, m: Milestone) -> dict[str, float]:
