@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stakelib.dialogues.files import layout
 from stakelib.models import Rendered, render
 from stakelib.run import CourseError
 
@@ -65,6 +66,8 @@ def _read(file: Path) -> tuple[Rows, list[str]]:
             problems.append(f"{where}: not UTF-8 ({problem.reason})")
         except (ValueError, TypeError, AttributeError, RecursionError):
             problems.append(f"{where}: not a JSON object")
+    if problems and not rows and (held := layout(text.decode("utf-8", "replace"))):
+        return [], [f"{file.name} holds {held}; each row must be one object on a line of its own"]
     return rows, problems if problems or rows else [f"{file.name} has no rows"]
 
 
