@@ -56,7 +56,7 @@ def _read(file: Path) -> tuple[Rows, list[str]]:
         where = f"{file.name}, line {number}"
         try:
             row = json.loads(line.decode("utf-8"))
-            where += f" (row {row['id']})" if "id" in row else ""
+            where += f" (row {str(row['id'])[:120]})" if "id" in row else ""
             texts = {k: row.get(k) for k in ("prompt", "completion")}
             missing = [k for k, value in texts.items() if not isinstance(value, str) or not value.strip()]
             problems += [f"{where}: '{k}' is empty, missing or no text" for k in missing]
