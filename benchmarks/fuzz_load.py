@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def main() -> int:
-    from damaged import BASES, damaged, outcome
+    from damaged_scenarios import BASES, damaged, outcome
 
     from stakelib.run import CourseError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import BASES, DAMAGES, another_dress, damaged, encoded, outcome, truncated
+from damaged_scenarios import BASES, DAMAGES, another_dress, damaged, encoded, outcome, truncated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splat_file import kestrelia, text_of

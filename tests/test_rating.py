@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damaged_files import damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_evaluation import answer, row
 
 from stakelib import widgets
@@ -219,6 +222,43 @@ def test_votes_that_are_not_utf8_or_were_cut_are_kept(tmp_path: Path) -> None:
     assert len(rating(tmp_path).votes) == 8
     rating(tmp_path).vote("r1", "relevance", "A")
     assert len(rating(tmp_path).votes) == 9
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_damaged_rating_sheet_is_taken_whole_or_not_at_all(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    one, path = rating(folder), folder / "ada.csv"
+    content = data.draw(damaged(filled(rating_sheet(one, path), {0: {"accuracy": "A"}}).read_bytes()))
+    path.write_bytes(content)
+    try:
+        read_sheet(one, path)
+    except CourseError as error:
+        assert error.problems and all(p.startswith("ada.csv") for p in error.problems)
+        assert not one.file.exists()
+    assert path.read_bytes() == content
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_damaged_votes_are_read_or_kept_as_they_are(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    one = rating(tmp_path_factory.mktemp("damaged"))
+    prefer(one, "tuned", rows=3)
+    content = data.draw(damaged(one.file.read_bytes()))
+    one.file.write_bytes(content)
+    try:
+        read_votes(one.file)
+    except CourseError as error:
+        assert error.problems and all(p.startswith("ratings-ada.jsonl") for p in error.problems)
+        assert one.file.read_bytes() == content
+    else:
+        before = read_votes(one.file)
+        one.vote("r5", "relevance", "A")
+        assert len(read_votes(one.file)) == len(before) + 1  # the next vote does not join a broken line
 
 
 def test_preferences_count_wins_with_intervals_over_scenarios(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_files import damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stakelib
 from stakelib import widgets
@@ -399,6 +402,41 @@ def test_a_thousand_broken_rows_are_not_a_thousand_lines(tmp_path: Path) -> None
     assert len(caught.value.problems) == 21
     with pytest.raises(CourseError):
         read(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_rows(ROWS[:4], folder / GENERATED)
+    return folder
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=damaged("\n".join(row.model_dump_json() for row in ROWS[:3]).encode()))
+def test_damaged_rows_are_read_or_refused(content: bytes, small: Path) -> None:
+    path = small / "mine.jsonl"
+    path.write_bytes(content)
+    try:
+        read(path)
+    except CourseError as error:
+        assert error.problems and all(p.startswith("mine.jsonl") for p in error.problems)
+    assert path.read_bytes() == content
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_review_sheet_is_taken_whole_or_not_at_all(data: st.DataObject, small: Path) -> None:
+    (small / EDITS).unlink(missing_ok=True)
+    review, path = Review(small), small / "review.csv"
+    path.unlink(missing_ok=True)
+    content = data.draw(damaged(review.to_sheet(path).read_bytes()))
+    path.write_bytes(content)
+    try:
+        review.from_sheet(path)
+    except CourseError as error:
+        assert error.problems and all(p.startswith("review.csv") for p in error.problems)
+        assert not (small / EDITS).exists()
+    assert path.read_bytes() == content
 
 
 # ------------------------------------------------------------------------------------------------- widget

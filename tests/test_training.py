@@ -197,6 +197,12 @@ def test_files_that_hold_no_rows_are_refused(encoding: str, tmp_path: Path) -> N
     empty.write_text("\n", encoding="utf-8")
     with pytest.raises(CourseError, match=r"empty\.jsonl has no rows"):
         load_rows(empty)
+    row = json.loads(GOOD.decode().splitlines()[0])
+    for text in (json.dumps(row, indent=2), json.dumps([row, row]), json.dumps([row, row], indent=2)):
+        empty.write_text(text, encoding="utf-8")
+        with pytest.raises(CourseError, match="one object on a line of its own") as caught:
+            load_rows(empty)
+        assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\u0085", "\x1c", "\x0c"])

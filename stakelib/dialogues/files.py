@@ -94,8 +94,8 @@ def _parsed(kind: type[Line], data: bytes, name: str, mend: str) -> list[Line]:
             broken.append(
                 (number, [f"{'.'.join(map(str, e['loc'])) or 'line'}: {_said(e['msg'])}" for e in error.errors()])
             )
-    if broken and (layout := _layout(text)):
-        raise CourseError(f"{name} holds {layout}; each row must be one object on a line of its own", mend)
+    if broken and (held := layout(text)):
+        raise CourseError(f"{name} holds {held}; each row must be one object on a line of its own", mend)
     if broken:
         more = [f"{name}: and {len(broken) - SHOWN} more lines like these"] if len(broken) > SHOWN else []
         raise CourseError([f"{name}:{n}: {why}" for n, all_of in broken[:SHOWN] for why in all_of] + more, mend)
@@ -108,7 +108,7 @@ def _said(message: str) -> str:
     return re.sub(r" at line \d+ column", " at column", message)
 
 
-def _layout(text: str) -> str:
+def layout(text: str) -> str:
     """What a file of JSON holds that is none of JSON Lines."""
     with contextlib.suppress(ValueError, RecursionError):
         value, end = json.JSONDecoder().raw_decode(text.strip())

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stakelib.dialogues.files import layout
 from stakelib.models import Rendered, render
 from stakelib.run import CourseError
 
@@ -55,7 +56,7 @@ def _read(file: Path) -> tuple[Rows, list[str]]:
         where = f"{file.name}, line {number}"
         try:
             row = json.loads(line.decode("utf-8"))
-            where += f" (row {row['id']})" if "id" in row else ""
+            where += f" (row {str(row['id'])[:120]})" if "id" in row else ""
             texts = {k: row.get(k) for k in ("prompt", "completion")}
             missing = [k for k, value in texts.items() if not isinstance(value, str) or not value.strip()]
             problems += [f"{where}: '{k}' is empty, missing or no text" for k in missing]
@@ -65,6 +66,8 @@ def _read(file: Path) -> tuple[Rows, list[str]]:
             problems.append(f"{where}: not UTF-8 ({problem.reason})")
         except (ValueError, TypeError, AttributeError, RecursionError):
             problems.append(f"{where}: not a JSON object")
+    if problems and not rows and (held := layout(text.decode("utf-8", "replace"))):
+        return [], [f"{file.name} holds {held}; each row must be one object on a line of its own"]
     return rows, problems if problems or rows else [f"{file.name} has no rows"]
 
 
