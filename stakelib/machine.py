@@ -14,7 +14,6 @@ from typing import Any
 
 from stakelib.run import CourseError
 
-
 CONTROL_GROUPS = Path("/sys/fs/cgroup")  # Linux: what a container or a batch system may use
 OUR_GROUPS = Path("/proc/self/cgroup")  # and which of these groups this process belongs to
 
@@ -106,14 +105,14 @@ def _cpu_quotas() -> list[tuple[int, int]]:
 def _memory_limits() -> list[tuple[int, int]]:
     """(limit, used) in bytes of each control group with a limit; file caches that can be given back are not counted."""
     limits = []
-    for kind, limit, used, cache in (
+    for kind, limit, used, inactive in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         for folder in _groups(kind):
             most, now = _numbers(folder / limit), _numbers(folder / used)
             if most and now and most[0] > 0:
-                limits.append((most[0], now[0] - _statistic(folder / "memory.stat", cache)))
+                limits.append((most[0], now[0] - _statistic(folder / "memory.stat", inactive)))
     return limits
 
 

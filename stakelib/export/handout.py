@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stakelib.export.gguf_files import gguf_file
+from stakelib.export.ollama import model_name
 from stakelib.models import base_model
 from stakelib.run import CourseError, Run, atomic_write_text, link, sha256, versions, writing
 
@@ -55,7 +56,7 @@ def _facts(run: Run, base: Any, gguf: Path) -> dict[str, Any]:
     stages, file = run.record["stages"], run.folder / "evaluation" / "evaluation.json"
     size = gguf.stat().st_size
     return {
-        "name": f"stakeholder-{base.short_name}",
+        "name": model_name(gguf),
         "base": base,
         "gguf": gguf.name,
         "bytes": size,
