@@ -154,7 +154,7 @@ def ollama_hop(run: Run, prompt: str, server: str | None = None) -> dict[str, An
     asked = {"model": name, "prompt": prompt, "stream": False, "options": GREEDY}
     try:
         shown = call_json(f"{server}/api/show", {"model": name})["template"]
-        reply = call_json(f"{server}/api/generate", asked)
+        reply = dict(call_json(f"{server}/api/generate", asked))
     except (OSError, ValueError, KeyError, TypeError) as problem:
         why = _words_of(problem)
     finally:
@@ -162,8 +162,8 @@ def ollama_hop(run: Run, prompt: str, server: str | None = None) -> dict[str, An
             call_json(f"{server}/api/delete", {"model": name}, "DELETE", timeout=60)
     if not why and not reply.get("done"):
         why = "the reply ends unfinished, without counts"  # what older ones do where the newer say 500
-    found = _compared(run, prompt, version, shown, reply, ours=not why)
-    return {"why": f"Ollama {version} gave the answer up: {why}", **found} if why else found
+    record = _compared(run, prompt, version, shown, reply, ours=not why)
+    return {"why": f"Ollama {version} gave the answer up: {why}", **record} if why else record
 
 
 def _version(server: str) -> tuple[str, str]:
