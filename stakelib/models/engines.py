@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from stakelib.machine import precision, threads
+from stakelib import machine
 from stakelib.models.chat import render, stop_ids, template
 from stakelib.models.gguf_weights import architecture, load_gemma
 from stakelib.run import CourseError
@@ -131,7 +131,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path = str(self.gguf)
         params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = machine.threads()
         # xllamacpp always listens: on a socket in a folder of this user alone, or (Windows) on a port. No page of a
         # browser may read it, and without the key and the key's path it answers nobody.
         params.hostnames = [_socket(Path(self.place.name)) or "127.0.0.1"]
@@ -348,7 +348,7 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
 
     quiet()
     packed = dtype in PACKED
-    wanted = getattr(torch, precision()[0] if packed or not dtype else dtype)
+    wanted = getattr(torch, machine.precision()[0] if packed or not dtype else dtype)
     source = Path(source)
     if source.suffix == ".gguf" and architecture(source) == "gemma":
         model = load_gemma(source, wanted)
