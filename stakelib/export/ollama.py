@@ -21,7 +21,7 @@ from stakelib.run import CourseError, Run, atomic_write_text
 
 SYSTEM, PROMPT = "{{ if .System }}{{ .System }}\n\n{{ end }}", "{{ .Prompt }}"  # of Go's template language
 ANSWER_TOKENS = 400  # as in training: the longest answer of a row
-PORT = 11434  # Ollama's own
+PORT = 11434  # Ollama's own, where the tool looks
 LONGEST_NAME = 72  # letters; Ollama takes 80, and room is left for an ending
 # Greedy, and everything else that could move a token off: Ollama's defaults differ from version to version
 GREEDY = {

@@ -22,12 +22,11 @@ from stakelib.export import ensure_base_gguf, gguf_file
 from stakelib.export.adapter_files import nine_files
 from stakelib.export.endpoint import CONTEXT, Api, Facts, NotHere, Page, Running
 from stakelib.export.local_http import call_json
-from stakelib.export.ollama import model_name, ollama_name
+from stakelib.export.ollama import PORT, model_name, ollama_name
 from stakelib.models import base_model
 from stakelib.models.engines import LlamaCpp
 from stakelib.run import CourseError, Run
 
-PORT = 11434  # Ollama's own, where the tool looks
 CALLERS = 2  # answers written at once; others wait
 BODY, SECONDS = 256 * 1024, 120.0  # largest request in bytes; longest that an answer may take
 
