@@ -14,22 +14,114 @@ from typing import Any
 
 from stakelib.run import CourseError
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")  # Linux: what a container or a batch system may use
+OUR_GROUPS = Path("/proc/self/cgroup")  # and which of these groups this process belongs to
+
 
 def describe(folder: Path | None = None) -> dict[str, Any]:
-    """System, processor, cores, memory (GB: total, free) and free disk (GB) at `folder`. Loads no heavy library."""
-    import psutil
+    """System, processor, cores, memory (GB: total, free) and free disk (GB) at `folder`. Loads no heavy library.
 
-    memory, place = psutil.virtual_memory(), (folder or Path.cwd()).resolve()
+    Cores and memory are those that this process may use: a container or a list of allowed cores may give it fewer.
+    """
+    total, free = memory_bytes()
+    place = (folder or Path.cwd()).resolve()
     place = next(p for p in (place, *place.parents) if p.exists())
     return {
         "system": _system(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "ram_gb": round(memory.total / 2**30, 1),
-        "ram_free_gb": round(memory.available / 2**30, 1),
+        "cores": cores(),
+        "ram_gb": round(total / 2**30, 1),
+        "ram_free_gb": round(free / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(place).free / 2**30, 1),
         "python": platform.python_version(),
     }
+
+
+def cores() -> int:
+    """Logical cores that this process may use: its allowed cores, and a container's share of time in whole cores."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = [quota / period for quota, period in _cpu_quotas() if quota > 0 and period > 0]
+    return max(1, min([allowed, *map(int, shares)]))
+
+
+def threads() -> int:
+    """Threads to compute with: physical cores that this process may use, or fewer where OMP_NUM_THREADS says so.
+
+    A value of OMP_NUM_THREADS that is no whole number above 0 counts as not set; of a list ("2,1") the first counts.
+    """
+    import psutil
+
+    most = min(psutil.cpu_count(logical=False) or cores(), cores())
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(int(wanted), most) if wanted.isdecimal() and int(wanted) > 0 else most
+
+
+def memory_bytes() -> tuple[int, int]:
+    """(total, free) memory in bytes that this process may use; a container's limit counts where it is smaller."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in _memory_limits():
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return total, free
+
+
+def _groups(kind: str) -> list[Path]:
+    """Folders of this process's control group of version 1 (`kind`: "cpu", "memory") or 2 (""), and of those above it.
+
+    Inside a container its own group is the root, so the path that the host knows may not be there.
+    """
+    try:
+        lines = [line.split(":", 2) for line in OUR_GROUPS.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return []
+    folders: list[Path] = []
+    for _, kinds, path in (line for line in lines if len(line) == 3):
+        if kind in kinds.split(","):
+            root = CONTROL_GROUPS / kind
+            place = root / path.strip("/")
+            folders += [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+    return folders
+
+
+def _numbers(file: Path) -> list[int] | None:
+    """The whole numbers in a control group's file, "max" being 0 (no limit); None where there is no such file."""
+    try:
+        return [0 if word == "max" else int(word) for word in file.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError):
+        return None
+
+
+def _cpu_quotas() -> list[tuple[int, int]]:
+    """(quota, period) in microseconds of processor time, of each control group; a quota of 0 or -1 is no limit."""
+    quotas = [_numbers(folder / "cpu.max") for folder in _groups("")]
+    for folder in _groups("cpu"):
+        pair = (_numbers(folder / "cpu.cfs_quota_us"), _numbers(folder / "cpu.cfs_period_us"))
+        quotas.append([*(pair[0] or []), *(pair[1] or [])])
+    return [(quota[0], quota[1]) for quota in quotas if quota and len(quota) == 2]
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """(limit, used) in bytes of each control group with a limit; file caches that can be given back are not counted."""
+    limits = []
+    for kind, limit, used, inactive in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in _groups(kind):
+            most, now = _numbers(folder / limit), _numbers(folder / used)
+            if most and now and most[0] > 0:
+                limits.append((most[0], now[0] - _statistic(folder / "memory.stat", inactive)))
+    return limits
+
+
+def _statistic(file: Path, name: str) -> int:
+    try:
+        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        return next((int(line[1]) for line in lines if line[:1] == [name]), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def is_apple_silicon() -> bool:

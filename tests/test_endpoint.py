@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
+import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,12 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import endpoint_fuzz
+import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from toy_models import chain_model, lively_model
 
+from stakelib.evaluation.tool import ask_as_tool
 from stakelib.export import quantise, to_gguf
-from stakelib.export.serve import _listen, serving
-from stakelib.models import engine, render
+from stakelib.export.serve import BODY, _listen, serving
+from stakelib.models import engine, engines, render
 from stakelib.run import CourseError
 
 MODEL = "stakeholder-toy"
@@ -112,7 +120,8 @@ def test_the_tools_request_from_its_page(chain: str) -> None:
     )
     with urllib.request.urlopen(preflight, timeout=10) as reply:
         assert reply.status == 204
-        assert reply.headers["Access-Control-Allow-Headers"] == "Content-Type"
+        allowed = {name.strip().lower() for name in reply.headers["Access-Control-Allow-Headers"].split(",")}
+        assert {"content-type", "accept", "user-agent"} <= allowed  # what Ollama's JavaScript client sends
 
 
 def test_options_are_honoured(lively: str) -> None:
@@ -151,7 +160,7 @@ def test_the_prompt_is_that_of_training_and_a_system_text_opens_it(toys: dict[st
     [
         (b"{", 400, "Expecting"),
         (b'{"model": "\xff"}', 400, "utf"),
-        ([], 400, "dictionary"),
+        ([], 400, "object"),
         (b"[" * 5000, 400, ""),
         ({"prompt": "hello"}, 400, "model"),
         ({**ASK, "prompt": 7}, 400, "prompt"),
@@ -159,7 +168,15 @@ def test_the_prompt_is_that_of_training_and_a_system_text_opens_it(toys: dict[st
         ({**ASK, "raw": True}, 400, "not supported here: raw"),
         ({**ASK, "format": "json"}, 400, "format"),
         ({**ASK, "prompt": "word " * 4000}, 400, "tokens"),
-        ({**ASK, "model": "100% other"}, 404, "not found"),
+        ({**ASK, "model": "100% other %s"}, 404, "model '100% other %s' not found"),
+        ({**ASK, "options": {"stop": "50%", "top_p": "50%%"}}, 400, "options.top_p"),
+        ({**ASK, "options": {"stop": [None]}}, 400, "options.stop"),
+        ({**ASK, "model": None}, 400, "model"),
+        (b'{"model": "stakeholder-toy", "options": {"temperature": NaN}}', 400, "NaN"),
+        ({**ASK, "options": {"top_k": 2**70}}, 400, "top_k"),
+        ({**ASK, "images": ["aGk="]}, 400, "not supported here: images"),
+        ({**ASK, "messages": [{"role": "user", "content": "a", "images": ["aGk="]}]}, 400, "here: messages.images"),
+        ({**ASK, "messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, 400, "messages.tool_calls"),
         ({**ASK, "messages": [{"role": "user", "content": "a"}] * 2}, 400, "one user message"),
     ],
 )
@@ -168,6 +185,98 @@ def test_bad_requests_get_ollamas_kind_of_error(body: Any, status: int, words: s
     assert found == status
     assert words in reply["error"]
     assert send(chain, "/api/generate", ASK)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(
+            {key: None}
+            for key in ("options", "system", "stream", "messages", "prompt", "format", "think", "keep_alive")
+        ),
+        *({"options": {**ASK["options"], key: None}} for key in ("temperature", "stop", "seed", "top_p", "top_k")),
+        {"options": {"num_predict": None, "temperature": 0}},
+        *({"options": {**ASK["options"], "stop": stop}} for stop in ("", [""], [], ["", "never said"])),
+        *({"images": [], "context": [], "tools": []}, {"raw": False, "suffix": "", "template": ""}),
+        {"messages": [{"role": "user", "content": "a", "images": None}, None][:1]},
+    ],
+    ids=str,
+)
+def test_null_and_empty_count_as_not_given(given: dict[str, Any], chain: str) -> None:
+    status, _, reply = send(chain, "/api/generate", {**ASK, **given})
+    assert status == 200, reply
+    if "prompt" in given:
+        assert reply["done_reason"] == "load"
+    elif "stream" in given:
+        assert (reply["response"], reply["done_reason"]) == ("", "stop")  # the last line: without a word it streams
+    else:
+        assert reply["response"] == " energy grid"
+
+
+@pytest.mark.parametrize("half", ["\ud83d hello", "hello \udc00", "\udc00\ud800", "a\ud83d"])
+def test_half_an_emoji_is_read_as_the_mark_for_no_letter(half: str, chain: str) -> None:
+    whole = "".join("\ufffd" if "\ud800" <= letter <= "\udfff" else letter for letter in half)
+    options = {**ASK["options"], "stop": [half]}
+    for field in ("prompt", "system"):
+        replies = [send(chain, "/api/generate", {**ASK, "options": options, field: text}) for text in (half, whole)]
+        assert [status for status, *_ in replies] == [200, 200]
+        assert replies[0][2]["prompt_eval_count"] == replies[1][2]["prompt_eval_count"]
+    talk = [{"role": "user", "content": half}]
+    assert send(chain, "/api/chat", {"model": MODEL, "messages": talk, "stream": False})[0] == 200
+    assert send(chain, "/api/generate", {**ASK, "model": half})[0] == 404
+    assert send(chain, "/api/generate", {**ASK, "prompt": "\U0001f600"})[0] == 200  # a whole pair stays
+
+
+@pytest.mark.parametrize("served", ["chain", "lively"])  # with a page and without
+def test_wrong_methods_and_paths_are_told(served: str, request: pytest.FixtureRequest) -> None:
+    address = request.getfixturevalue(served)
+    for path, good in (("tags", "GET"), ("version", "GET"), ("generate", "POST"), ("chat", "POST"), ("show", "POST")):
+        for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+            if method != good:
+                status, reply = by(address, method, f"/api/{path}")
+                assert (status, bool(json.loads(reply)["error"])) == (405, True), (method, path)
+        assert by(address, "HEAD", f"/api/{path}") == (200 if good == "GET" else 405, "")
+    for path in ("/api/pull", "/api/", "/api/generate/x", "/nothing%20%s"):
+        status, reply = by(address, "GET", path)
+        assert (status, bool(json.loads(reply)["error"])) == (404, True), path
+
+
+def by(address: str, method: str, path: str) -> tuple[int, str]:
+    link = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    link.request(method, path)
+    reply = link.getresponse()
+    status, text = reply.status, reply.read().decode()
+    link.close()
+    return status, text
+
+
+def test_without_a_page_it_says_what_ollama_says(chain: str, lively: str) -> None:
+    assert by(lively, "GET", "/") == (200, "Ollama is running")
+    assert by(lively, "HEAD", "/") == (200, "")
+    assert by(chain, "GET", "/") == (200, "<title>t</title>")
+    assert by(chain, "HEAD", "/") == (200, "")
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_whatever_comes_gets_a_right_status_and_words(seed: int, chain: str, toys: Any, caplog: Any) -> None:
+    asked = endpoint_fuzz.random_request(random.Random(seed))
+    if asked.path in ("/", "/x?y=%"):
+        asked.path = "/api/tags"  # `chain` serves a page there
+    caplog.clear()
+    files = {file: file.stat().st_mtime_ns for file in toys["chain"][0].parent.rglob("*")}
+    status, text = endpoint_fuzz.send(chain, asked)
+    assert endpoint_fuzz.faults(asked, status, text, BODY) == [], asked
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []  # it would be on the screen
+    assert files == {file: file.stat().st_mtime_ns for file in toys["chain"][0].parent.rglob("*")}
+
+
+def test_the_rules_of_the_fuzzing_can_fail() -> None:
+    good = endpoint_fuzz.Request("POST", "/api/show", json.dumps({"model": MODEL}).encode())
+    assert endpoint_fuzz.faults(good, 200, "{}", BODY) == []
+    assert endpoint_fuzz.faults(good, 500, '{"error": "x"}', BODY) != []
+    assert endpoint_fuzz.faults(endpoint_fuzz.Request("POST", "/api/show", b"{"), 400, "<html>", BODY) != []
+    assert endpoint_fuzz.faults(endpoint_fuzz.Request("GET", "/api/show"), 200, "{}", BODY) != []
 
 
 def test_a_huge_body_is_refused_before_it_is_read(chain: str) -> None:
@@ -193,6 +302,8 @@ def test_a_huge_body_is_refused_before_it_is_read(chain: str) -> None:
         ("Origin", "https://localhost", 200),
         ("Host", "evil.example:11434", 403),
         ("Host", "localhost:11434", 200),
+        ("Host", "LOCALHOST:11434", 200),
+        ("Host", "localhost.evil.example", 403),
     ],
 )
 def test_only_this_computers_own_pages_get_in(path: str, header: str, value: str, status: int, chain: str) -> None:
@@ -284,6 +395,78 @@ def test_closing_down_in_the_middle_of_an_answer_ends_at_once(toys: dict[str, An
         assert asked.exception(timeout=20) or asked.result()[0] in (200, 503)
     with pytest.raises(urllib.error.URLError):
         send(address, "/api/tags")
+
+
+# ------------------------------------------------------------------------------------------------- ports
+
+
+def listening() -> set[int]:
+    """TCP ports on which this process and its children listen."""
+    here = psutil.Process()
+    links = [link for process in (here, *here.children(recursive=True)) for link in process.net_connections("tcp")]
+    return {link.laddr.port for link in links if link.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("sockets", [True, False], ids=["unix socket", "port"])
+def test_no_port_of_serve_answers_strangers(sockets: bool, toys: dict[str, Any], monkeypatch: Any) -> None:
+    if sockets and not hasattr(socket, "AF_UNIX"):
+        pytest.skip("Python has no Unix sockets here")
+    if not sockets:
+        monkeypatch.setattr(engines, "LONGEST_SOCKET", 0)
+    before = listening()
+    with serving(*toys["chain"]) as address:
+        ports = listening() - before
+        assert int(address.rpartition(":")[2]) in ports
+        assert len(ports) == (1 if sockets else 2)  # Windows: llama.cpp's own too, which wants a key
+        for port in ports:
+            for path in ("/", "/api/tags", "/api/version", "/health", "/v1/models", "/props", "/slots"):
+                for header, value in (("Origin", "https://evil.example"), ("Host", "evil.example")):
+                    assert send(f"http://127.0.0.1:{port}", path, **{header: value})[0] in (401, 403, 404)
+    assert listening() == before
+
+
+def test_a_port_is_free_again_after_a_model_that_cannot_be_loaded(toys: dict[str, Any], tmp_path: Path) -> None:
+    bad = tmp_path / f"{MODEL}-q8.gguf"
+    bad.write_bytes(b"GGUF, but no model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        with pytest.raises(CourseError, match="cannot load"), serving(bad, toys["chain"][1], port):
+            pass
+    with serving(*toys["chain"], port) as address:
+        assert send(address, "/api/tags")[0] == 200
+
+
+def test_an_endpoint_that_fails_to_start_says_so(toys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no more file handles")
+
+    monkeypatch.setattr("stakelib.export.serve.HTTPServer", broken)
+    before = listening()
+    with pytest.raises(CourseError, match="no more file handles"), serving(*toys["chain"]):
+        pass
+    assert listening() == before
+
+
+def test_a_proxy_is_passed_by(chain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert ask_as_tool(chain, MODEL, "hello", temperature=0)["response"] == " energy grid"
+    with pytest.raises(CourseError, match="taken by this endpoint"):
+        _listen(int(chain.rpartition(":")[2]))
+
+
+def test_models_are_served_under_names_that_ollama_takes(toys: dict[str, Any], tmp_path: Path) -> None:
+    odd = tmp_path / "stakeholder-My Modèle (v1)-q8.gguf"
+    shutil.copyfile(toys["chain"][0], odd)
+    with serving(odd, toys["chain"][1], alias="gemma2:latest") as address:
+        names = [model["name"] for model in send(address, "/api/tags")[2]["models"]]
+        assert names == ["stakeholder-my-modele-v1:latest", "gemma2:latest"]
+        for name in (*names, "gemma2"):
+            assert send(address, "/api/generate", {**ASK, "model": name})[0] == 200
 
 
 # ------------------------------------------------------------------------------------------------- the command

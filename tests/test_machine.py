@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,124 @@ def test_describe_measures_this_machine(tmp_path: Path) -> None:
     assert here["disk_free_gb"] == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, abs=2)
     assert here["python"] == ".".join(map(str, sys.version_info[:3]))
     assert not (tmp_path / "not").exists()
+
+
+class Groups:
+    """A computer of 16 cores (8 physical) and 32 GiB, 20 of them free, whose control groups are files of the test."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import psutil
+
+        self.root, self.which = place / "cgroup", place / "self"
+        memory = SimpleNamespace(total=32 * 2**30, available=20 * 2**30)
+        monkeypatch.setattr(machine, "CONTROL_GROUPS", self.root)
+        monkeypatch.setattr(machine, "OUR_GROUPS", self.which)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+        monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def write(self, lines: str, files: dict[str, str]) -> None:
+        self.which.write_text(lines, encoding="utf-8")
+        for name, text in files.items():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).write_text(text, encoding="utf-8")
+
+
+@pytest.fixture()
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
+    return Groups(tmp_path, monkeypatch)
+
+
+V1 = "5:memory:/docker/a1\n4:cpu,cpuacct:/docker/a1\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "cores", "threads"),
+    [
+        ("", {}, 16, 8),  # no control groups, as on a Mac or on Windows
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 16, 8),
+        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3, 3),
+        ("0::/\n", {"cpu.max": "250000 100000\n"}, 2, 2),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1, 1),  # half a core
+        ("0::/\n", {"cpu.max": "1200000 100000\n"}, 12, 8),
+        ("0::/job/task\n", {"job/cpu.max": "200000 100000\n", "job/task/cpu.max": "max 100000\n"}, 2, 2),
+        ("0::/not/visible\n", {"cpu.max": "200000 100000\n"}, 2, 2),
+        (V1, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4, 4),
+        (V1, {"cpu/docker/a1/cpu.cfs_quota_us": "50000\n", "cpu/docker/a1/cpu.cfs_period_us": "50000\n"}, 1, 1),
+        (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 16, 8),
+        ("0::/\n", {"cpu.max": "nonsense"}, 16, 8),
+        ("torn", {"cpu.max": "300000 100000\n"}, 16, 8),
+    ],
+)
+def test_cores_follow_a_containers_share(
+    lines: str, files: dict[str, str], cores: int, threads: int, groups: Groups
+) -> None:
+    groups.write(lines, files)
+    assert (machine.describe()["cores"], machine.threads()) == (cores, threads)
+
+
+@pytest.mark.parametrize(("allowed", "threads"), [(1, 1), (3, 3), (16, 8)])
+def test_threads_follow_the_allowed_cores(allowed: int, threads: int, groups: Groups, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    assert (machine.cores(), machine.threads()) == (allowed, threads)
+
+
+@pytest.mark.parametrize(
+    ("value", "threads"),
+    [("2", 2), (" 2", 2), ("2,1", 2), ("8", 8), ("64", 8), ("99999999999999999999", 8)]
+    + [(bad, 8) for bad in ("0", "-1", "auto", "", " ", ",", "2.5", "two", "²", "0,2", "1e1")],
+)
+def test_a_bad_number_of_threads_is_passed_over(value: str, threads: int, groups: Groups, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert machine.threads() == threads
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "total", "free"),
+    [
+        ("", {}, 32, 20),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "5\n"}, 32, 20),
+        ("0::/\n", {"memory.max": f"{8 * GIB}\n", "memory.current": f"{3 * GIB}\n"}, 8, 5),
+        (
+            "0::/\n",
+            {
+                "memory.max": f"{8 * GIB}\n",
+                "memory.current": f"{7 * GIB}\n",
+                "memory.stat": f"anon 5\ninactive_file {4 * GIB}\n",
+            },
+            8,
+            5,
+        ),
+        ("0::/\n", {"memory.max": f"{2 * GIB}\n", "memory.current": f"{3 * GIB}\n"}, 2, 0),
+        ("0::/\n", {"memory.max": f"{30 * GIB}\n", "memory.current": f"{1 * GIB}\n"}, 30, 20),
+        (
+            V1,
+            {
+                "memory/memory.limit_in_bytes": f"{6 * GIB}\n",
+                "memory/memory.usage_in_bytes": f"{3 * GIB}\n",
+                "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\n",
+            },
+            6,
+            4,
+        ),
+        (
+            V1,  # no limit, as version 1 writes it
+            {"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "5\n"},
+            32,
+            20,
+        ),
+    ],
+)
+def test_memory_follows_a_containers_limit(
+    lines: str, files: dict[str, str], total: int, free: int, groups: Groups
+) -> None:
+    groups.write(lines, files)
+    here = machine.describe()
+    assert (here["ram_gb"], here["ram_free_gb"]) == (total, free)
 
 
 @pytest.fixture()

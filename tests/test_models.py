@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from fake_hub import COMMIT, fake_hub
 from hypothesis import example, given
@@ -29,6 +32,7 @@ from stakelib.models import (
     base_model,
     catalog,
     engine,
+    engines,
     find_model,
     gguf_base,
     load_tokenizer,
@@ -371,6 +375,90 @@ def test_the_loop_of_llama_cpp_runs_before_anything_is_asked(toys: SimpleNamespa
     with engine(toys.chain_gguf, toys.chain) as llama:
         assert Server.served == 1
         assert llama.tokenize("a") == render(llama.tokenizer, "a").ids
+
+
+PATHS = (
+    "/",
+    "/health",
+    "/v1/health",
+    "/models",
+    "/v1/models",
+    "/api/tags",
+    "/props",
+    "/slots",
+    "/metrics",
+    "/tokenize",
+)
+
+
+def open_ports() -> set[int]:
+    """TCP ports on which this process and its children listen."""
+    here = psutil.Process()
+    links = [link for process in (here, *here.children(recursive=True)) for link in process.net_connections("tcp")]
+    return {link.laddr.port for link in links if link.status == psutil.CONN_LISTEN}
+
+
+def answered(port: int, **headers: str) -> list[str]:
+    """The requests that a port answers with 200."""
+    good = []
+    for path in PATHS:
+        for method in ("GET", "POST"):
+            link = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            link.request(method, path, "{}" if method == "POST" else None, headers)
+            reply = link.getresponse()
+            assert reply.headers["Access-Control-Allow-Origin"] in (None, "")
+            good += [f"{method} {path}"] if reply.status == 200 else []
+            link.close()
+    return good
+
+
+@pytest.mark.parametrize("sockets", [True, False], ids=["unix socket", "port"])
+def test_an_engine_opens_no_door_to_others(sockets: bool, toys: SimpleNamespace, monkeypatch: Any) -> None:
+    """With Unix sockets no port listens; where there are none (Windows) it answers nobody without the key."""
+    if sockets and not hasattr(socket, "AF_UNIX"):
+        pytest.skip("Python has no Unix sockets here")
+    if not sockets:
+        monkeypatch.setattr(engines, "LONGEST_SOCKET", 0)
+    before = open_ports()
+    with engine(toys.chain_gguf, toys.chain) as llama:
+        ports = open_ports() - before
+        assert len(ports) == (0 if sockets else 1)
+        for headers in (
+            {},
+            {"Origin": "https://evil.example"},
+            {"Host": "evil.example"},
+            {"Authorization": "Bearer x"},
+        ):
+            assert [answered(port, **headers) for port in ports] == [[] for _ in ports]
+        assert llama.tokenize("a") == render(llama.tokenizer, "a").ids
+        place = llama.server.listening_address.removeprefix("unix://")
+    assert open_ports() == before
+    assert not sockets or not Path(place).parent.exists()
+
+
+def test_an_engine_asks_itself_past_a_proxy(toys: SimpleNamespace, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engines, "LONGEST_SOCKET", 0)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with engine(toys.chain_gguf, toys.chain) as llama:
+        assert llama.tokenize("a") == render(llama.tokenizer, "a").ids
+
+
+@pytest.mark.parametrize("kind", ["llamacpp", "", "vllm", "Transformers"])
+def test_an_engine_of_an_unknown_kind_is_refused(kind: str, toys: SimpleNamespace) -> None:
+    with pytest.raises(CourseError, match="(?s)llama.cpp.*transformers.*mlx"):
+        engine(toys.chain_gguf, toys.chain, kind)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "auto", "64"])
+def test_an_engine_starts_whatever_the_number_of_threads_says(
+    value: str, toys: SimpleNamespace, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    with engine(toys.chain_gguf, toys.chain) as llama:
+        assert next(llama.ask(["a"]))[1].text == " energy grid"
 
 
 def test_a_gguf_cut_short_is_named(toys: SimpleNamespace, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -19,8 +18,16 @@ import pytest
 from exported import PROMPT
 
 from stakelib.dialogues.check import MAX_COMPLETION, MAX_ROW
-from stakelib.export import modelfile, ollama_hop
-from stakelib.export.ollama import ANSWER_TOKENS, _template_of, as_trained, rendered_by
+from stakelib.export import modelfile, ollama, ollama_hop
+from stakelib.export.ollama import (
+    ANSWER_TOKENS,
+    _template_of,
+    as_trained,
+    model_name,
+    ollama_name,
+    rendered_by,
+    server_address,
+)
 from stakelib.models import engine, load_tokenizer, render, template
 from stakelib.run import CourseError
 
@@ -132,19 +139,22 @@ def test_a_template_that_a_modelfile_cannot_hold_is_refused(tiny_cache: Path, tm
 
 
 class FakeOllama(BaseHTTPRequestHandler):
-    """Answers as Ollama's API does; what it says is set on the class."""
+    """Answers as Ollama's API does; what it says is set on the class: a dict, or (status, text)."""
 
     said: dict[str, Any] = {}
     calls: list[tuple[str, str]] = []
+    asked: dict[str, Any] = {}
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.calls.append((self.command, self.path))
-        warm = body and json.loads(body).get("prompt") == ""
-        reply = json.dumps(self.said["warm" if warm else self.path]).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(reply)
+        self.asked[self.path] = json.loads(body or b"{}")
+        said = self.said.get(self.path, (404, "404 page not found"))
+        status, text = said if isinstance(said, tuple) else (200, json.dumps(said))
+        if status:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
 
     do_GET = do_POST = do_DELETE = answer
 
@@ -153,26 +163,27 @@ class FakeOllama(BaseHTTPRequestHandler):
 
 
 @pytest.fixture()
-def server(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fake Ollama that runs the model rightly, and an `ollama` on the PATH that accepts the Modelfile."""
     with engine(made.files["q8"], made.base.folder) as llama:
         ((_, ours),) = llama.ask([PROMPT], max_new_tokens=ANSWER_TOKENS)
     counts = {"prompt_eval_count": ours.prompt_tokens, "eval_count": ours.new_tokens, "eval_duration": 10**9}
     shown = _template_of((made.run.folder / "Modelfile").read_text(encoding="utf-8"))
-    FakeOllama.calls = []
+    FakeOllama.calls, FakeOllama.asked = [], {}
     FakeOllama.said = {
         "/api/version": {"version": "0.99.0"},
         "/api/show": {"template": shown},
-        "warm": {"load_duration": 5 * 10**8},
-        "/api/generate": {"response": " " + ours.text, **counts},
-        "/api/delete": {},
+        "/api/generate": {"response": " " + ours.text, "done": True, "load_duration": 5 * 10**8, **counts},
+        "/api/delete": (200, ""),
     }
-    tool = tmp_path / "bin" / "ollama"
-    tool.parent.mkdir()
-    check = "sys.exit(sys.argv[1] + sys.argv[3] != 'create-f' or not pathlib.Path(sys.argv[4]).exists())"
-    tool.write_text(f"#!{sys.executable}\nimport pathlib, sys\n{check}\n", encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tool.parent))
+
+    def create(command: list[str], cwd: Path, env: dict[str, str], **_: Any) -> SimpleNamespace:
+        assert command[0] == "ollama" and command[1] + command[3] == "create-f" and (cwd / command[4]).exists()
+        FakeOllama.calls.append(("create", env["OLLAMA_HOST"]))
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(ollama.shutil, "which", lambda name: name)
+    monkeypatch.setattr(ollama.subprocess, "run", create)
     fake = HTTPServer(("127.0.0.1", 0), FakeOllama)
     thread = threading.Thread(target=fake.serve_forever, daemon=True)
     thread.start()
@@ -182,22 +193,67 @@ def server(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     thread.join()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
-def test_ollama_says_what_llama_cpp_says(made: SimpleNamespace, server: str) -> None:
-    found = ollama_hop(made.run, PROMPT, server)
-    assert (found["version"], found["same_template"], found["same_tokens"], found["same_text"]) == (
+def test_ollama_says_what_llama_cpp_says(made: SimpleNamespace, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", server.removeprefix("http://"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    hop = ollama_hop(made.run, PROMPT)
+    assert "why" not in hop
+    assert [hop[key] for key in ("version", "same_template", "same_tokens", "same_text")] == [
         "0.99.0",
         True,
         True,
         True,
-    )
-    assert found["load_s"] == 0.5 and found["tokens_per_s"] > 1
-    assert FakeOllama.calls[-1] == ("DELETE", "/api/delete")
+    ]
+    assert hop["load_s"] == 0.5 and hop["tokens_per_s"] > 1
+    assert ("create", server) in FakeOllama.calls and FakeOllama.calls[-1] == ("DELETE", "/api/delete")
+    assert FakeOllama.calls.count(("POST", "/api/generate")) == 1
+    options = FakeOllama.asked["/api/generate"]["options"]  # what Ollama's versions choose differently is said
+    assert (options["temperature"], options["repeat_penalty"], options["seed"]) == (0, 1.0, 0)
+    assert {"top_k", "top_p", "min_p", "num_predict"} <= set(options)
     FakeOllama.said["/api/generate"] |= {"response": "something else"}
     assert ollama_hop(made.run, PROMPT, server)["same_text"] is False
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ({"response": "ja ja ja", "done": False}, "unfinished"),
+        ((500, '{"error": "prediction aborted, token repeat limit reached"}'), "token repeat limit reached"),
+        ((500, "no JSON"), "500"),
+        ((503, '{"error": "server busy"}'), "server busy"),
+        ((200, "<html>"), "JSON"),
+        ((0, ""), ""),  # the connection is closed
+    ],
+    ids=["aborted", "token repeat limit", "plain 500", "busy", "page", "closed"],
+)
+def test_an_answer_that_ollama_gives_up_is_told(reply: Any, words: str, made: SimpleNamespace, server: str) -> None:
+    FakeOllama.said["/api/generate"] = reply
+    hop = ollama_hop(made.run, PROMPT, server)
+    assert words in hop["why"] and "0.99.0" in hop["why"]
+    assert hop["version"] == "0.99.0" and hop["same_template"] is True
+    assert [hop[key] for key in ("same_tokens", "same_text", "load_s", "tokens_per_s")] == [None] * 4
+    assert hop["text"] == (reply["response"] if isinstance(reply, dict) else None)
+    assert FakeOllama.calls[-1] == ("DELETE", "/api/delete")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ({"version": "0.0.0-stakelib-1.0"}, "own endpoint"),
+        ((200, "<html>"), "no Ollama"),
+        ((404, "not found"), "no Ollama"),
+        ({}, "no Ollama"),
+        ([1], "no Ollama"),
+    ],
+)
+def test_what_is_no_ollama_is_not_taken_for_it(version: Any, words: str, made: SimpleNamespace, server: str) -> None:
+    FakeOllama.said["/api/version"] = version
+    hop = ollama_hop(made.run, PROMPT, server)
+    assert words in hop["why"] and len(hop["commands"]) == 2
+    assert FakeOllama.calls == [("GET", "/api/version")]
+
+
 def test_an_ollama_that_asks_otherwise_is_refused_and_cleaned(made: SimpleNamespace, server: str) -> None:
     FakeOllama.said["/api/show"] = {"template": "{{ .Prompt }}"}
     FakeOllama.said["/api/generate"] |= {"prompt_eval_count": 3}
@@ -206,8 +262,63 @@ def test_an_ollama_that_asks_otherwise_is_refused_and_cleaned(made: SimpleNamesp
     assert FakeOllama.calls[-1] == ("DELETE", "/api/delete")
 
 
-def test_without_ollama_the_two_commands_are_told(made: SimpleNamespace) -> None:
-    found = ollama_hop(made.run, PROMPT, "http://127.0.0.1:9")
-    assert found["why"].startswith("no Ollama answers at http://127.0.0.1:9")
-    assert found["commands"][0] == "ollama create stakeholder-tiny-gemma -f Modelfile"
-    assert found["commands"][1].startswith("ollama run stakeholder-tiny-gemma ")
+def test_without_ollama_the_two_commands_are_told(
+    made: SimpleNamespace, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hop = ollama_hop(made.run, PROMPT, "http://127.0.0.1:9")
+    assert hop["why"].startswith("no Ollama answers at http://127.0.0.1:9")
+    assert hop["commands"][0] == "ollama create stakeholder-tiny-gemma -f Modelfile"
+    assert hop["commands"][1].startswith("ollama run stakeholder-tiny-gemma ")
+    monkeypatch.setattr(ollama.shutil, "which", lambda _: None)
+    assert "PATH" in ollama_hop(made.run, PROMPT, server)["why"]
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        (None, "http://127.0.0.1:11434"),
+        ("", "http://127.0.0.1:11434"),
+        ("127.0.0.1:11435", "http://127.0.0.1:11435"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("0.0.0.0:8000", "http://127.0.0.1:8000"),
+        (":8000", "http://127.0.0.1:8000"),
+        ("[::]:8000", "http://127.0.0.1:8000"),
+        ("[::1]", "http://[::1]:11434"),
+        ("planner-pc", "http://planner-pc:11434"),
+        ("http://planner-pc", "http://planner-pc:80"),
+        ("https://planner-pc/", "https://planner-pc:443"),
+        ('"192.168.0.7:1234"', "http://192.168.0.7:1234"),
+        ("localhost:http", "http://localhost:11434"),
+    ],
+)
+def test_ollama_is_sought_where_its_own_setting_says(host: str | None, address: str, monkeypatch: Any) -> None:
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
+    if host is not None:
+        monkeypatch.setenv("OLLAMA_HOST", host)
+    assert server_address() == address
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+ODD = (
+    *("My Model (v1)", "modèle-é", "gemma+energy", "it's", "电力", "UPPER_case.v2", "a/b:c", 'quo"te', "x" * 200),
+    *("-.dots.-", "Ärzte & Söhne #1 [x] 100%'s", "back\\slash", "{{ .Prompt }}", "new\nline", "smollm2-135m"),
+)
+
+
+@pytest.mark.parametrize("folder", ODD)
+def test_a_folders_name_becomes_one_that_ollama_takes(folder: str, tokenizer: Any, tmp_path: Path) -> None:
+    names = {ollama_name(f"stakeholder-{folder}{end}") for end in ("", "-finance", "-development-partners")}
+    assert len(names) == 3  # voices stay apart
+    for name in names:
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,71}", name) and ollama_name(name) == name
+    gguf = tmp_path / "models" / f"stakeholder-{folder.replace('/', '_')[:40].strip()}-q8.gguf"
+    text = modelfile(tokenizer, gguf, tmp_path / "Modelfile")
+    (told,) = re.findall(r"^# ollama create (\S+) -f Modelfile$", text, re.MULTILINE)
+    assert told == model_name(gguf) and re.fullmatch(r"[a-z0-9._-]+", told)
+
+
+def test_a_plain_name_stays_as_it_is() -> None:
+    assert ollama_name("stakeholder-smollm2-135m") == "stakeholder-smollm2-135m"
+    assert ollama_name("stakeholder-My Modèle (v1)") == "stakeholder-my-modele-v1"
+    assert ollama_name("电力") == "model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +263,81 @@ def test_the_page_holds_every_prompt_as_in_training(
     with pytest.raises(CourseError, match="holds a control token"):
         browser.page(run, [bad])
     assert (folder / "prompts.json").exists()  # the old page stays whole
+
+
+PAGE = """
+import { readFile } from 'node:fs/promises';
+const parts = {};
+const part = () => ({ textContent: '', value: 'Public', selectedIndex: 0, disabled: false, on: {},
+  replaceChildren() {}, addEventListener(name, does) { this.on[name] = does; } });
+globalThis.document = { getElementById: (id) => (parts[id] ??= part()) };
+globalThis.Option = class {};
+const about = { name: 'm', tokens: 9, files: ['model.gguf'],
+  scenarios: [{ name: 's', prompts: { Public: { text: 'p', whole: 'w' } } }] };
+globalThis.fetch = async () => ({ ok: true, json: async () => about, blob: async () => 'blob' });
+const { life } = await import('./wllama.js');
+await import('./app.js');
+const told = [];
+for (const fault of JSON.parse(process.argv[2])) {
+  life.fault = fault;
+  await parts.ask.on.click();
+  told.push([parts.status.textContent, parts.answer.textContent, parts.ask.disabled]);
+}
+console.log(JSON.stringify({ told, loads: life.loads, exits: life.exits }));
+"""
+FAKE_WLLAMA = """
+export const life = { loads: 0, exits: 0, fault: '' };
+export class Wllama {
+  broken = false;
+  setCompat() {}
+  async loadModel() { life.loads += 1; if (life.fault === 'load') throw new Error('out of memory'); }
+  async exit() { life.exits += 1; if (this.broken) throw new Error('the worker is gone'); }
+  getNumThreads() { return 1; }
+  async createCompletion() {
+    if (this.broken) throw new Error('memory access out of bounds, again');
+    if (life.fault === 'start') { this.broken = true; throw new WebAssembly.RuntimeError('unreachable'); }
+    const fault = life.fault, model = this;
+    return (async function* () {
+      yield { choices: [{ text: 'yes' }] };
+      if (fault === 'middle') { model.broken = true; throw new WebAssembly.RuntimeError('out of bounds'); }
+      if (fault === 'stop') { const stop = new Error('stopped'); stop.name = 'AbortError'; throw stop; }
+    })();
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("faults", "loads", "exits"),
+    [
+        (["", ""], 1, 0),
+        (["stop", ""], 1, 0),  # whoever stops an answer need not wait for the model again
+        (["", "middle", ""], 2, 1),
+        (["start", "start", ""], 3, 2),
+        (["load", ""], 2, 0),
+    ],
+)
+def test_the_page_answers_again_after_webassembly_failed(
+    faults: list[str], loads: int, exits: int, tmp_path: Path
+) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    web = Path(browser.__file__).parent / "web"
+    shutil.copyfile(web / "app.js", tmp_path / "app.js")
+    for name, text in (("wllama.js", FAKE_WLLAMA), ("page.mjs", PAGE), ("package.json", '{"type": "module"}')):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [node, "page.mjs", json.dumps(faults)], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert (seen["loads"], seen["exits"]) == (loads, exits)
+    for fault, (status, answer, disabled) in zip(faults, seen["told"], strict=True):
+        assert not disabled
+        assert fault or (status.startswith("Done") and answer == "yes")
+        assert status.startswith("Stopped") == (fault == "stop")
+        assert fault in ("", "stop") or ("did not work" in status and "again" in status)
 
 
 def test_a_model_too_large_for_one_piece_is_split_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

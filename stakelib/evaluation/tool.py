@@ -7,7 +7,6 @@ import json
 import math
 import re
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from stakelib.dialogues.tasks import KEYS
 from stakelib.evaluation.answers import answers
 from stakelib.evaluation.statistics import clustered_wilson
 from stakelib.export import check_exported, ensure_base_gguf, gguf_file
+from stakelib.export.local_http import call_json
 from stakelib.export.serve import model_name, serving
 from stakelib.machine import describe
 from stakelib.models import Answer, base_model
@@ -62,11 +62,8 @@ def ask_as_tool(
     options = {"temperature": temperature, "num_predict": tokens} | ({} if seed is None else {"seed": seed})
     body = {"model": model, "prompt": prompt, "stream": False, "options": options}
     start = time.perf_counter()
-    request = urllib.request.Request(
-        f"{address}/api/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=660) as reply:
-        return {**json.load(reply), "seconds": time.perf_counter() - start}
+    reply = call_json(f"{address}/api/generate", body)
+    return {**reply, "seconds": time.perf_counter() - start}
 
 
 class Caller:

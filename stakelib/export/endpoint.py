@@ -13,19 +13,36 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from tornado.web import HTTPError, RequestHandler, StaticFileHandler
 
 from stakelib import __version__
 from stakelib.models import render
 
 CONTEXT = 2048  # tokens of prompt and answer together, as in the Modelfile
-HOST = re.compile(r"(?:localhost|127\.0\.0\.1)(?::\d+)?")
-ORIGIN = re.compile("https?://" + HOST.pattern)
+HOST = re.compile(r"(?:localhost|127\.0\.0\.1)(?::\d+)?", re.IGNORECASE)
+ORIGIN = re.compile("https?://" + HOST.pattern, re.IGNORECASE)
+HEADERS = "Authorization, Content-Type, User-Agent, Accept, X-Requested-With"  # those that Ollama's clients may send
 NOT_HERE = ("raw", "format", "images", "tools", "suffix", "template", "context", "think")
+NOT_IN_MESSAGES = ("images", "tool_calls")
+LARGEST = 2**31 - 1  # of llama.cpp's whole numbers
 KINDS = {".js": "text/javascript", ".wasm": "application/wasm"}  # Windows may say otherwise, and a browser then refuses
+
+
+def _valid_unicode(value: Any) -> Any:
+    """Text with U+FFFD for half a surrogate pair, which JavaScript's slice leaves of an emoji; as Ollama does."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+def _stops(value: Any) -> Any:
+    """A list without empty texts: the answer would stop at once."""
+    listed = [value] if isinstance(value, str) else value
+    return [item for item in listed if item != ""] if isinstance(listed, list) else value
+
+
+Text = Annotated[str, BeforeValidator(_valid_unicode)]
 
 
 class Options(BaseModel):
@@ -33,23 +50,23 @@ class Options(BaseModel):
 
     temperature: float = Field(0.7, ge=0, le=10)
     top_p: float = Field(0.9, gt=0, le=1)
-    top_k: int = Field(40, ge=0)
+    top_k: int = Field(40, ge=0, le=LARGEST)
     num_predict: int = Field(400, ge=-2)
-    stop: list[str] | str = []
+    stop: Annotated[list[Text], BeforeValidator(_stops)] = []
     seed: int | None = None
 
 
 class Message(BaseModel):
     role: Literal["system", "user"]
-    content: str
+    content: Text
 
 
 class Ask(BaseModel):
     """The body of /api/generate or /api/chat; `keep_alive` is accepted, the model stays loaded anyway."""
 
-    model: str
-    prompt: str = ""
-    system: str = ""
+    model: Text
+    prompt: Text = ""
+    system: Text = ""
     messages: list[Message] = []
     stream: bool = True
     options: Options = Options()
@@ -67,6 +84,40 @@ def name_of(ask: Ask) -> str:
     return ask.model.removesuffix(":latest")
 
 
+def read_body(body: bytes) -> dict[str, Any]:
+    """The JSON object of a request without what is null: that counts as not given, as in Ollama.
+
+    Raises ValueError for anything else, RecursionError for one that is nested too deeply.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    given = json.loads(
+        body,
+        object_pairs_hook=lambda pairs: {key: value for key, value in pairs if value is not None},
+        parse_constant=refuse,  # NaN and Infinity, which only Python reads
+    )
+    if not isinstance(given, dict):
+        raise ValueError("the body must be a JSON object")
+    return given
+
+
+def in_words(problem: Exception) -> str:
+    """What is wrong with a request, one field after the other."""
+    if not isinstance(problem, ValidationError):
+        return str(problem) or "the JSON is nested too deeply"
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors(include_input=False))
+
+
+class Refused(HTTPError):
+    """An error for the caller: its status and its words. (Tornado's own would double the percent signs in them.)"""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(status, "%s", words)
+        self.words = words
+
+
 class Guarded(RequestHandler):
     """Only for programs and pages of this computer: a foreign Host (DNS rebinding) or Origin gets 403."""
 
@@ -74,13 +125,14 @@ class Guarded(RequestHandler):
         origin = self.request.headers.get("Origin", "")
         if ORIGIN.fullmatch(origin):
             self.set_header("Access-Control-Allow-Origin", origin)
-            self.set_header("Access-Control-Allow-Headers", "Content-Type")
+            self.set_header("Access-Control-Allow-Headers", HEADERS)
+            self.set_header("Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS")
             self.set_header("Vary", "Origin")
 
     def prepare(self) -> None:
         origin = self.request.headers.get("Origin")
         if not HOST.fullmatch(self.request.host) or not (origin is None or ORIGIN.fullmatch(origin)):
-            raise HTTPError(403, "this endpoint answers its own computer only")
+            raise Refused(403, "this endpoint answers its own computer only")
 
     def options(self, *_: str) -> None:
         self.set_status(204)
@@ -90,7 +142,26 @@ class Guarded(RequestHandler):
             super().log_exception(kind, value, trace)
 
     def write_error(self, status_code: int, exc_info: Any = (None, None), **_: Any) -> None:
-        self.finish({"error": getattr(exc_info[1], "log_message", None) or self._reason})
+        self.finish({"error": getattr(exc_info[1], "words", None) or self._reason})
+
+
+class Running(Guarded):
+    """/ where no page is served: what Ollama answers there, which some programs look for."""
+
+    def get(self) -> None:
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish("Ollama is running")
+
+    head = get
+
+
+class NotHere(Guarded):
+    """Every other path: 404, whatever the method."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.request.method != "OPTIONS":
+            raise Refused(404, f"{self.request.path} not found")
 
 
 class Page(Guarded, StaticFileHandler):
@@ -108,8 +179,26 @@ class Page(Guarded, StaticFileHandler):
         return KINDS.get(Path(self.absolute_path).suffix) or super().get_content_type()
 
 
+class Facts(Guarded):
+    """GET and HEAD: tags, version. `about` (see serve.py) is the same for every request."""
+
+    def initialize(self, **about: Any) -> None:
+        self.about, self.llama = about, about["llama"]
+
+    def get(self, what: str) -> None:
+        if what == "version":
+            return self.finish({"version": f"0.0.0-stakelib-{__version__}"})
+        file = self.llama.gguf.stat()
+        changed = datetime.fromtimestamp(file.st_mtime, UTC).isoformat()
+        facts = {"modified_at": changed, "size": file.st_size, "digest": "", "details": {"format": "gguf"}}
+        names = [f"{name}:latest" for name in self.about["names"]]
+        return self.finish({"models": [{"name": name, "model": name, **facts} for name in names]})
+
+    head = get
+
+
 class Api(Guarded):
-    """GET tags, version; POST generate, chat, show. `about` (see serve.py) is the same for every request."""
+    """POST: generate, chat, show. `about` (see serve.py) is the same for every request."""
 
     gone = False  # the caller hung up
 
@@ -119,40 +208,33 @@ class Api(Guarded):
     def on_connection_close(self) -> None:
         self.gone = True
 
-    def get(self, what: str) -> None:
-        file = self.llama.gguf.stat()
-        changed = datetime.fromtimestamp(file.st_mtime, UTC).isoformat()
-        facts = {"modified_at": changed, "size": file.st_size, "digest": "", "details": {"format": "gguf"}}
-        names = [f"{name}:latest" for name in self.about["names"]]
-        found = {
-            "version": {"version": f"0.0.0-stakelib-{__version__}"},
-            "tags": {"models": [{"name": name, "model": name, **facts} for name in names]},
-        }
-        self.finish(found[what])
-
     async def post(self, what: str) -> None:
         try:
-            body = json.loads(self.request.body)
+            body = read_body(self.request.body)
             ask = Ask.model_validate(body)
-            ids = render(self.llama.tokenizer, ask.turn()).ids
-            if refused := [key for key in NOT_HERE if body.get(key)]:  # never answer something else than was asked
+            refused = [key for key in NOT_HERE if body.get(key)]  # never answer something else than was asked
+            refused += [
+                f"messages.{key}" for key in NOT_IN_MESSAGES if any(m.get(key) for m in body.get("messages", ()))
+            ]
+            if refused:
                 raise ValueError(f"not supported here: {', '.join(refused)}")
+            ids = render(self.llama.tokenizer, ask.turn()).ids
             if len(ids) >= CONTEXT:
                 raise ValueError(f"the prompt has {len(ids)} tokens; with the answer {CONTEXT} are the limit")
         except (ValueError, RecursionError) as problem:  # pydantic's and JSON's errors are ValueErrors
-            raise HTTPError(400, str(problem)) from None
+            raise Refused(400, in_words(problem)) from None
         if name_of(ask) not in self.about["names"]:
-            raise HTTPError(404, f"model '{ask.model}' not found")
+            raise Refused(404, f"model '{ask.model}' not found")
         if what == "show":
             return self.finish({"details": {"format": "gguf"}, "model_info": {}, "capabilities": ["completion"]})
         if not ask.turn():  # an empty prompt asks Ollama to load the model, no more
             return self.say(what, ask, "", done_reason="load")
         try:
             await self.answer(what, ask, ids)
-        except HTTPError as problem:
+        except Refused as problem:
             if not self._headers_written:
                 raise
-            self.finish(json.dumps({"error": problem.log_message}) + "\n")  # within a stream, as Ollama does
+            self.finish(json.dumps({"error": problem.words}) + "\n")  # within a stream, as Ollama does
 
     def say(self, what: str, ask: Ask, text: str, **end: Any) -> None:
         """One line in Ollama's form; `end` makes it the last."""
@@ -215,9 +297,9 @@ class Api(Guarded):
         with contextlib.suppress(TimeoutError):
             while chunk := await asyncio.wait_for(queue.get(), max(until - time.monotonic(), 0)):
                 if "choices" not in chunk:
-                    raise HTTPError(500, f"llama.cpp: {chunk}")
+                    raise Refused(500, f"llama.cpp: {chunk}")
                 yield chunk
                 if "usage" in chunk:
                     return
         if not self.gone:
-            raise HTTPError(503, f"no whole answer within {self.about['seconds']:.0f} seconds")
+            raise Refused(503, f"no whole answer within {self.about['seconds']:.0f} seconds")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stakelib.export.gguf_files import QUANTISATIONS, gguf_file
+from stakelib.export.ollama import model_name
 from stakelib.models import base_model
 from stakelib.run import CourseError, Run, atomic_write_text, link, sha256, writing
 
@@ -89,7 +90,7 @@ def _facts(run: Run, base: Any, gguf: Path) -> dict[str, Any]:
     stages, size = run.record["stages"], gguf.stat().st_size
     made = _made_by(run, gguf)
     return {
-        "name": f"stakeholder-{base.short_name}",
+        "name": model_name(gguf),
         "base": base,
         "gguf": gguf.name,
         "bytes": size,

@@ -9,7 +9,6 @@ import json
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +20,13 @@ from tornado.web import Application
 
 from stakelib.export import ensure_base_gguf, gguf_file
 from stakelib.export.adapter_files import nine_files
-from stakelib.export.endpoint import CONTEXT, Api, Page
+from stakelib.export.endpoint import CONTEXT, Api, Facts, NotHere, Page, Running
+from stakelib.export.local_http import call_json
+from stakelib.export.ollama import PORT, model_name, ollama_name
 from stakelib.models import base_model
 from stakelib.models.engines import LlamaCpp
 from stakelib.run import CourseError, Run, as_folder, sha256
 
-PORT = 11434  # Ollama's own, where the tool looks
 CALLERS = 2  # answers written at once; others wait
 BODY, SECONDS = 256 * 1024, 120.0  # largest request in bytes; longest that an answer may take
 
@@ -44,32 +44,46 @@ def serving(
 ) -> Iterator[str]:
     """Serve the model in `gguf` on 127.0.0.1 while the context lasts; yields the address once it is warm.
 
-    The model's name is that of the file without its quantisation; `alias` is a second one. `adapters`: GGUF adapters
-    by model name: each answers under its own, and `alias` then means the first of them. `tokenizer`: the base
-    model's folder, whose template wraps each prompt as in training. `port` 0 takes a free one. `page`: a folder to
-    serve at /. An answer ends with an error after `seconds`. Raises CourseError where the port is taken.
+    The model's name is that of the file without its quantisation, as `model_name` writes it; `alias` is a second one.
+    `adapters`: GGUF adapters by model name: each answers under its own, and `alias` then means the first of them.
+    `tokenizer`: the base model's folder, whose template wraps each prompt as in training. `port` 0 takes a free one.
+    `page`: a folder to serve at /. An answer ends with an error after `seconds`. Raises CourseError where the port is
+    taken or the model cannot be loaded; the port is free again then.
     """
-    sockets, up, halt = _listen(port), threading.Event(), threading.Event()
-    names = {model_name(gguf): None, **{name: name for name in adapters or {}}}
-    names |= {alias: next(iter(adapters or {}), None)} if alias else {}
-    with LlamaCpp(gguf, tokenizer, CALLERS, CONTEXT, adapters) as llama, ThreadPoolExecutor(CALLERS) as pool:
+    up, halt, failures = threading.Event(), threading.Event(), []
+    files = {ollama_name(name): file for name, file in (adapters or {}).items()}
+    names = {model_name(gguf): None, **{name: name for name in files}}
+    names |= {alias.removesuffix(":latest"): next(iter(files), None)} if alias else {}
+
+    def answer() -> None:
+        try:
+            asyncio.run(_loop(routes, sockets, pool, up, halt))
+        except BaseException as problem:  # whatever ended it: nobody would wait for it in vain
+            failures.append(problem)
+        finally:
+            up.set()
+
+    with contextlib.ExitStack() as stack:
+        sockets = _listen(port)
+        for each in sockets:
+            stack.callback(each.close)
+        llama = stack.enter_context(LlamaCpp(gguf, tokenizer, CALLERS, CONTEXT, files))
+        pool = stack.enter_context(ThreadPoolExecutor(CALLERS))
         about = {"llama": llama, "names": names, "pool": pool, "seconds": seconds, "halt": halt}
-        routes: list[Any] = [(r"/api/(tags|version|show|generate|chat)", Api, about)]
+        routes: list[Any] = [(r"/api/(tags|version)", Facts, about), (r"/api/(show|generate|chat)", Api, about)]
+        routes.append((r"/", Running))
         if page:
-            routes.append((r"/(.*)", Page, {"path": str(page), "default_filename": "index.html"}))
-        thread = threading.Thread(target=lambda: asyncio.run(_loop(routes, sockets, pool, up, halt)), daemon=True)
+            routes[-1] = (r"/(.*)", Page, {"path": str(page), "default_filename": "index.html"})
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         up.wait()
         try:
+            if failures:
+                raise CourseError(f"the endpoint did not start: {failures[0]}", "try another port with --port")
             yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         finally:
             halt.set()
             thread.join()
-
-
-def model_name(gguf: Path) -> str:
-    """The name under which a GGUF is served: its file's, without the quantisation."""
-    return Path(gguf).stem.rpartition("-")[0]
 
 
 def page_is_of(page: Path, gguf: Path) -> bool:
@@ -80,13 +94,14 @@ def page_is_of(page: Path, gguf: Path) -> bool:
 
 
 def _named(gguf: Path, adapters: Mapping[str, Path]) -> str:
-    return "models " + ", ".join(f"'{name}'" for name in adapters) if adapters else f"model '{model_name(gguf)}'"
+    names = ", ".join(f"'{ollama_name(name)}'" for name in adapters)
+    return f"models {names}" if names else f"model '{model_name(gguf)}'"
 
 
 async def _loop(
     routes: list[Any], sockets: list[Any], pool: ThreadPoolExecutor, up: threading.Event, halt: threading.Event
 ) -> None:
-    app = Application(routes, log_function=lambda _: None)
+    app = Application(routes, log_function=lambda _: None, default_handler_class=NotHere)
     server = HTTPServer(app, max_body_size=BODY, body_timeout=10, idle_connection_timeout=60)
     server.add_sockets(sockets)
     up.set()
@@ -103,8 +118,7 @@ def _listen(port: int) -> list[Any]:
     except OSError as problem:
         who = "another program"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2) as reply:
-                version = json.load(reply)["version"]
+            version = call_json(f"http://127.0.0.1:{port}/api/version", timeout=2)["version"]
             who = "this endpoint, started before" if "stakelib" in version else f"Ollama {version}"
         action = "quit that program, or choose another port with --port (and name it in the tool's ollamaUrl)"
         if who.startswith("Ollama"):

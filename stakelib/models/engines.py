@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
+import secrets
+import socket
+import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from stakelib import machine
 from stakelib.models.answering_memory import prompts_at_once
 from stakelib.models.chat import render, stop_ids, template
 from stakelib.models.gguf_weights import architecture, load_gemma
 from stakelib.run import CourseError
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to fetch compiled code when peft imports it
+
+
+KINDS = ("llama.cpp", "transformers", "mlx")
+LONGEST_SOCKET = 100  # bytes in the path of a Unix socket: macOS takes 103, Linux 107
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,11 @@ def engine(
     folder in that form).
     `tokenizer`: the base model's folder; ids are made by the same `render` as in training. `context`: tokens of one
     prompt and its answer in llama.cpp. `adapters`: LoRA by the name of its voice, in the engine's own form (in
-    llama.cpp GGUF adapters); `ask(prompts, voices=[...])` then switches, None being the base.
+    llama.cpp GGUF adapters); `ask(prompts, voices=[...])` then switches, None being the base. Raises CourseError for
+    another kind, and where `path` is missing.
     """
+    if kind not in KINDS:
+        raise CourseError(f"there is no engine of kind '{kind}'", f"choose one of: {', '.join(KINDS)}")
     if not Path(path).exists():
         raise CourseError(f"{path} is missing", "run notebooks 04 and 05 first")
     if kind == "mlx":
@@ -115,19 +126,25 @@ class LlamaCpp:
         self.tokenizer = load_tokenizer(tokenizer)
 
     def __enter__(self) -> LlamaCpp:
-        import psutil
         import xllamacpp
 
-        threads = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or psutil.cpu_count(logical=False) or 2)
+        self.place = tempfile.TemporaryDirectory(prefix="stakelib-", ignore_cleanup_errors=True)
+        self.key = secrets.token_urlsafe()
         params = xllamacpp.CommonParams()
         params.model.path = str(self.gguf)
         params.n_parallel, params.n_ctx = self.at_once, self.at_once * self.context
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.hostnames, params.ui, params.warmup, params.verbosity = ["127.0.0.1"], False, False, -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = machine.threads()
+        # xllamacpp always listens: on a socket in a folder of this user alone, or (Windows) on a port. No page of a
+        # browser may read it, and without the key and the key's path it answers nobody.
+        params.hostnames = [_socket(Path(self.place.name)) or "127.0.0.1"]
+        params.api_keys, params.api_prefix, params.cors_origins = [self.key], f"/{self.key}", ""
+        params.cors_credentials = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
+        params.ui, params.warmup, params.verbosity = False, False, -1
         params.lora_adapters = [_lora(file) for file in self.adapters.values()]
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError as problem:
+            self.place.cleanup()
             if self.adapters:
                 raise self._refused(problem) from problem
             raise CourseError(
@@ -139,6 +156,7 @@ class LlamaCpp:
 
     def __exit__(self, *_: object) -> None:
         del self.server
+        self.place.cleanup()
 
     def _refused(self, problem: Exception) -> CourseError:
         """The way out where llama.cpp takes no adapters: a merged file each, as large as the base."""
@@ -209,11 +227,25 @@ class LlamaCpp:
         """The ids that llama.cpp itself makes of a prompt inside the chat template (BOS written by the template)."""
         around = template(self.tokenizer)
         text = around.before + prompt.strip() + around.between
-        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-        url = f"{self.server.listening_address}/tokenize"
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return json.load(reply)["tokens"]
+        body = json.dumps({"content": text, "add_special": False, "parse_special": True})
+        kind, _, address = self.server.listening_address.partition("://")
+        # http.client knows no proxy: no setting of the system may lead this request away from this computer
+        link = http.client.HTTPConnection(address if kind == "http" else "localhost", timeout=30)
+        try:
+            if kind == "unix":
+                link.sock = socket.socket(socket.AF_UNIX)
+                link.sock.connect(address)
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+            link.request("POST", f"/{self.key}/tokenize", body, headers)
+            return json.load(link.getresponse())["tokens"]
+        finally:
+            link.close()
+
+
+def _socket(folder: Path) -> str:
+    """The path of a Unix socket in `folder`; empty where Python has none or the path is too long for one."""
+    path = str(folder / "llama.sock")
+    return path if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) <= LONGEST_SOCKET else ""
 
 
 def _lora(file: Path) -> Any:
@@ -316,11 +348,9 @@ def load_weights(source: Path, adapter: Path | None = None, dtype: str | None = 
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from stakelib.machine import precision
-
     quiet()
     packed = dtype in PACKED
-    wanted = getattr(torch, precision()[0] if packed or not dtype else dtype)
+    wanted = getattr(torch, machine.precision()[0] if packed or not dtype else dtype)
     source = Path(source)
     if source.suffix == ".gguf" and architecture(source) == "gemma":
         model = load_gemma(source, wanted)

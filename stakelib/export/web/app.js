@@ -42,7 +42,13 @@ async function ask() {
     }
     say(`Done: ${tokens} tokens in ${((performance.now() - start) / 1000).toFixed(1)} s, ${model.getNumThreads()} thread(s).`);
   } catch (problem) {
-    say(problem.name === 'AbortError' ? 'Stopped.' : `It did not work: ${problem.message}`);
+    if (problem.name === 'AbortError') {
+      say('Stopped.');
+    } else { // WebAssembly that failed once (out of memory, after sleep) answers no more: the next question loads it anew
+      model?.exit().catch(() => {});
+      model = null;
+      say(`It did not work: ${problem.message}. Press Ask to load the model again.`);
+    }
   }
   part('stop').disabled = true;
   part('ask').disabled = false;
