@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from damaged import damaged
+from damaged_files import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import answer, row

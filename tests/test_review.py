@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import damaged
+from damaged_files import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
