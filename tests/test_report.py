@@ -29,7 +29,7 @@ def material(name: str = "Wind first") -> tuple[list[dict], list[dict]]:
         row(i, f"s{i // 2}", stakeholder=WHO[i % 2], scenario=name, prompt=PROMPT.replace("Wind first", name))
         for i in range(12)
     ]
-    one = HOSTILE + " Renewables reach 64.2% by 2030."
+    one = HOSTILE + ". Renewables reach 64.2% by 2030."
     said = [answer("" if i else one, i, "base", stopped=False) for i in range(12)]
     said += [answer(GOOD.replace("64.2%", "99.9%") if i == 3 else GOOD, i, "tuned") for i in range(12)]
     return rows, said
