@@ -374,9 +374,9 @@ def test_an_adapter_with_odd_tensors_is_refused(families: Any, cache: None, tmp_
         (
             "embeddings",
             lambda t: t.update({"base_model.model.model.embed_tokens.lora_A.weight": torch.ones(4, 9)}),
-            "no thin",
+            "no low-rank",
         ),
-        ("magnitudes", lambda t: t.update({first + "magnitude_vector": torch.ones(9)}), "no thin matrix"),
+        ("magnitudes", lambda t: t.update({first + "magnitude_vector": torch.ones(9)}), "no low-rank matrix"),
         ("rank", lambda t: t.update({first + "A.weight": torch.ones(3, 64)}), "has rank 3, adapter_config.json says 4"),
         ("half", lambda t: t.pop(first + "B.weight"), "same matrices"),
         ("nothing", lambda t: t.clear(), "is empty"),

@@ -12,7 +12,7 @@ import pytest
 from stakelib.export import product
 from stakelib.export.handout import renew, report_line
 from stakelib.export.serve import page_is_of
-from stakelib.run import CourseError, sha256
+from stakelib.run import CourseError, atomic_write_json, sha256
 
 PROOF = {
     "hops": {n: {"nll": 1.25, "kl": 0.001, "top": 0.991} for n in ("base", "merged", "f16", "q8")}
@@ -29,6 +29,12 @@ def proved(copied: SimpleNamespace, quantisation: str = "q8") -> None:
     file = copied.files[quantisation]
     inputs = {f"models/{file.name}": sha256(file), "Modelfile": sha256(copied.recipe)}
     copied.run.record["stages"]["parity"] = {"result": PROOF, "inputs": inputs}
+    on_disk(copied)
+
+
+def on_disk(copied: SimpleNamespace) -> None:
+    """Write the record as it is now: what stands in run.json counts, not what a program remembers."""
+    atomic_write_json(copied.run.folder / "run.json", copied.run.record)
 
 
 def test_the_folder_is_complete_and_its_sums_are_right(copied: SimpleNamespace) -> None:
@@ -58,7 +64,7 @@ def evaluated(copied: SimpleNamespace, digest: str) -> None:
     copied.run.path("evaluation", "evaluation.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def trained(copied: SimpleNamespace) -> dict:
+def trained(copied: SimpleNamespace) -> None:
     """Put into the record the training that made the exported adapter, and the rows that it learned from."""
     rows = copied.run.path("training_data", "train.jsonl")
     rows.write_text("{}\n", encoding="utf-8")
@@ -81,7 +87,7 @@ def trained(copied: SimpleNamespace) -> dict:
         },
     }
     copied.run.record["stages"] |= more
-    return more
+    on_disk(copied)
 
 
 def card_of(copied: SimpleNamespace, quantisation: str = "q8") -> str:
@@ -142,8 +148,9 @@ def test_the_card_of_a_smaller_file_does_not_quote_the_evaluation_of_q8(copied: 
 
 @pytest.mark.parametrize("changed", ["adapter trained anew", "rows made anew", "rows by hand"])
 def test_a_training_that_did_not_make_this_file_is_not_quoted(copied: SimpleNamespace, changed: str) -> None:
-    stages = trained(copied)
+    trained(copied)
     assert "1.234" in card_of(copied)
+    stages = copied.run.record["stages"]
     if changed == "adapter trained anew":
         stages["train"]["outputs"]["models/adapter"]["sha256"] = "of a later training"
     elif changed == "rows made anew":
@@ -167,6 +174,7 @@ def test_the_evaluation_renews_the_card_of_the_file_that_is_handed_on(
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
     assert sums["README.md"] == sha256(folder / "README.md")
     copied.run.record["stages"]["parity"]["inputs"] = {}  # no proof any more: the folder stays, and that is said
+    on_disk(copied)
     (folder / "README.md").write_text("as it was", encoding="utf-8")
     renew(copied.run)
     assert (folder / "README.md").read_text(encoding="utf-8") == "as it was"

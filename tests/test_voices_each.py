@@ -144,7 +144,7 @@ def test_a_base_that_refuses_adapters_names_the_way_out(made: SimpleNamespace, t
 
     weights = {n.replace("q_proj", "new_proj"): t for n, t in load_file(odd / "adapter_model.safetensors").items()}
     save_file(weights, odd / "adapter_model.safetensors")
-    with pytest.raises(CourseError, match=r"no name for model\.layers\.\d+\.self_attn\.new_proj in a gemma"):
+    with pytest.raises(CourseError, match="new_proj.* is no low-rank matrix of a layer"):
         adapter_to_gguf(odd, gguf, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
@@ -270,7 +270,7 @@ def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def hashes(folder: Path) -> dict[str, tuple[str, int]]:
     """sha256 and time of every file: one written again, even with the same bytes, is seen."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"]
     return {p.relative_to(folder).as_posix(): (sha256(p), p.stat().st_mtime_ns) for p in files}
 
 

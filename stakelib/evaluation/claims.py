@@ -12,6 +12,7 @@ from stakelib.run import clock
 
 UNKNOWN = "not measured yet"
 MACHINES = {"M1": "Apple M1", "i7": "i7"}  # what stands in the record's name of the processor
+LATER = ("voices", "tool", "page")  # stages of the notebooks after the report: the same model, the same report
 
 
 def claims(
@@ -60,7 +61,7 @@ def _costs(record: Mapping[str, Any], model: str, answers: Sequence[Mapping[str,
     """What the record tells of time, memory and size, as text by the names that claims.json uses."""
     stages = record.get("stages", {})
     # what notebooks 07 and 08 make comes after this report, or lies there from the run before
-    own = [stage["seconds"] for name, stage in stages.items() if not name.startswith(("voices", "tool", "page"))]
+    own = [stage["seconds"] for name, stage in stages.items() if not name.startswith(LATER)]
     said = {"total_time": clock(sum(own))} if own else {}
     if seconds := [a["seconds"] for a in answers if a["system"] == "tuned" and a["seconds"]]:
         tokens = median(a["new_tokens"] for a in answers if a["system"] == "tuned")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stakelib import plots
-from stakelib.evaluation.claims import claims, trained_on
+from stakelib.evaluation.claims import LATER, claims, trained_on
 from stakelib.evaluation.measures import MEASURES
 from stakelib.evaluation.rating import preferences
 from stakelib.evaluation.statistics import by_stakeholder, clustered_wilson, compare, gate, smallest_visible_difference
@@ -225,7 +225,7 @@ def marked(scores: pd.DataFrame, texts: Mapping, row_id: str, system: str) -> li
 
 
 def _cost(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line per stage of the record: seconds, peak memory (MB) and what it wrote (name, MB, sha256)."""
+    """One line per stage before this report: seconds, peak memory (MB) and what it wrote (name, MB, sha256)."""
     return [
         {
             "stage": name,
@@ -236,6 +236,7 @@ def _cost(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             ],
         }
         for name, s in record.get("stages", {}).items()
+        if not name.startswith(LATER)
     ]
 
 

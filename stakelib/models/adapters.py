@@ -139,7 +139,7 @@ def _unsayable(folder: Path, form: tuple[str, str]) -> list[str]:
     for name, size in sizes.items():
         known = re.fullmatch(r"(?:base_model\.model\.)?(.*\blayers\.(\d+)\.(\S+))\.lora_([AB]\.weight|[ab])", name)
         if known is None or known[3].split(".")[-1] not in MATRICES or (known[4] in "ab") != (form is MLX_FILES):
-            problems.append(f"{name} is no thin matrix of a layer")
+            problems.append(f"{name} is no low-rank matrix of a layer")
         elif size[known[4] in ("B.weight", "a")] != rank:
             problems.append(f"{name} has rank {size[known[4] in ('B.weight', 'a')]}, {form[0]} says {rank}")
         else:

@@ -18,7 +18,7 @@ def mlx_memory(config: Any, recipe: Recipe, tokens: int, learned: int, rows: int
     """Peak memory (GB, by part) of an MLX training step on `rows` rows of `tokens` ids, `learned` of each learned.
 
     weights: embeddings too are packed. learning: as in `memory`. activations: what the way back needs, and for each
-    thin matrix the float32 copy of what enters it; with checkpointing the input of each layer, and one layer in full.
+    low-rank matrix the float32 copy of what enters it; with checkpointing the input of each layer, and one whole layer.
     logits: bf16, float32, their logarithm and its gradient. The program itself does not count against the limit.
     """
     size = 4 if recipe.precision == "float32" else 2
