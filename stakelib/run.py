@@ -44,6 +44,7 @@ FULL_WORDS = (
     "os error 28",
     "Errno 28",
 )
+MAKE_ROOM = "make room on that disk (old folders in runs/ and packed runs are large)"
 FULL_MB = 1.0  # less than this much free: the disk is full, whatever the error says
 NO_TEXT = (".safetensors", ".gguf", ".pt", ".pth", ".arrow", ".wasm")  # files of numbers, which nobody edits
 
@@ -61,16 +62,14 @@ def disk_full(problem: BaseException, place: Path) -> CourseError | None:
     places = [_existing(p) for p in (*named, Path(os.path.abspath(place)), Path(tempfile.tempdir or place))]
     free = {p: _free_mb(p) for p in places}
     full = next((p for p in places if free[p] < FULL_MB), places[0] if said else None)
-    if full is None or any(getattr(e, "full", False) for e in causes):
+    told_before = any(isinstance(e, CourseError) and MAKE_ROOM in e.next_action for e in causes)  # by a child, too
+    if full is None or told_before:
         return None
     what = f"the disk of {full} is full, with {free[full]:.1f} MB free now"
-    action = "make room on that disk (old folders in runs/ and packed runs are large)"
     if isinstance(problem, CourseError):
-        told = CourseError([*problem.problems, what], action if said else f"{action}; then {problem.next_action}")
-    else:
-        told = CourseError(f"{what} ({str(problem)[:200] or type(problem).__name__})", action)
-    told.full = True
-    return told
+        action = MAKE_ROOM if said else f"{MAKE_ROOM}; then {problem.next_action}"
+        return CourseError([*problem.problems, what], action)
+    return CourseError(f"{what} ({str(problem)[:200] or type(problem).__name__})", MAKE_ROOM)
 
 
 def _existing(path: Path) -> Path:

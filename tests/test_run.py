@@ -232,6 +232,18 @@ def test_a_full_disk_is_named_whoever_notices(
     assert ("is full" in str(told.value)) == (problem in FULL.values())  # the twin: there is room, so it is not that
 
 
+def test_a_full_disk_that_a_child_process_has_told_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
+    with pytest.raises(CourseError) as first, writing(tmp_path / "x"):
+        raise FULL["written by us"]
+    again = CourseError(first.value.problems, first.value.next_action)  # as it comes through a pipe
+    with pytest.raises(CourseError) as told, writing(tmp_path / "x"):
+        raise again
+    assert told.value is again and told.value.next_action.count("make room") == 1
+
+
 def test_a_full_disk_of_another_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
