@@ -227,6 +227,9 @@ def child_environment() -> "dict[str, str]":
     env = {name: value for name, value in os.environ.items() if name not in ("JUPYTER_PATH", "PYTHONHOME", PARENT)}
     others = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder not in ("", str(ROOT))]
     env.update(PYTHONPATH=os.pathsep.join([str(ROOT)] + others), PYTHONUTF8="1", JUPYTER_PREFER_ENV_PATH="1")
+    if {"http_proxy", "all_proxy"} & {name.lower() for name in env}:  # a proxy must not get what stays on this computer
+        for name in {"NO_PROXY"} | ({"no_proxy"} & set(env)):
+            env[name] = ",".join(([env[name]] if env.get(name) else []) + ["127.0.0.1", "localhost"])
     return env
 
 

@@ -347,6 +347,22 @@ def test_children_find_stakelib_and_not_our_marks(monkeypatch: pytest.MonkeyPatc
     assert course.PARENT not in env
 
 
+def test_a_proxy_is_not_asked_for_this_computer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = "from urllib.request import getproxies, proxy_bypass as b; "
+    ask += "print(getproxies().get('http'), bool(b('127.0.0.1')), bool(b('localhost')), bool(b('intranet.example')))"
+    for name in ("HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert not [name for name in course.child_environment() if name.lower() == "no_proxy"]  # nothing to say
+    for proxy in ("HTTP_PROXY", "http_proxy"):
+        for kept in (None, "NO_PROXY", "no_proxy"):
+            with monkeypatch.context() as patch:
+                patch.setenv(proxy, "http://proxy.example:3128")
+                if kept:
+                    patch.setenv(kept, "intranet.example")
+                said = course.quiet([sys.executable, "-c", ask])[1].strip()
+            assert said == f"http://proxy.example:3128 True True {bool(kept)}", (proxy, kept)
+
+
 # ------------------------------------------------------------------------------------------------- run
 
 
