@@ -206,7 +206,10 @@ def test_an_edit_in_the_pager_outlives_the_page_and_a_killed_kernel(chromium, la
     text = field.input_value()
     assert text.startswith("**Initial Reaction**")
     field.fill(text[: text.rindex("- ")] + f"- {said}")
-    page.wait_for_timeout(3000)
+    for _ in range(60):  # half a second each; a busy computer is slow
+        page.wait_for_timeout(500)
+        if edits.exists() and said in edits.read_text(encoding="utf-8"):
+            break
     assert said in edits.read_text(encoding="utf-8"), "an edit goes to disk while it is typed"
     field.scroll_into_view_if_needed()
     shot(page, "02-pager")
